@@ -1,7 +1,5 @@
 """The criteria as torchmetrics: against Spectrum, in collections, over ranks, as plots."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What devices differ in, with modules of PyTorch's that stand in for those of devices that are not here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """Bounds on Hessians of ReLU networks against dense ones, by automatic differentiation sample by sample."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

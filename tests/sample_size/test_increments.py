@@ -1,7 +1,5 @@
 """Increments of means over random orders, against all orders there are."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

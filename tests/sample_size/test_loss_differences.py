@@ -1,7 +1,5 @@
 """Loss differences: identities that hold exactly, errors that are what they say, and the figure."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

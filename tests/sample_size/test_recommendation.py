@@ -1,7 +1,5 @@
 """The recommended number of samples: against formulas, and by simulation, whether its promises hold."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

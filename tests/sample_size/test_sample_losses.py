@@ -1,7 +1,5 @@
 """Losses of single samples, whichever way the loss function gives them."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from typing import Any

@@ -1,7 +1,5 @@
 """Stabilization in the dominant subspace: by definition, in closed form, and where the quadratic model ends."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,8 +1,7 @@
 """Batches are merged where the loss of a merged batch is the mean of theirs, and only there."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 from lightning_hesd import Spectrum, hessian_spectrum, layer_spectra
 from lightning_hesd.numerics.inputs.batches import position_in_epoch
 from tests import cases
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SIZES = (12, 12, 12, 8)
 

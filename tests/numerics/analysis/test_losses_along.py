@@ -1,7 +1,5 @@
 """`loss_along_eigenvectors`: the loss along the eigenvectors of the extreme eigenvalues."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

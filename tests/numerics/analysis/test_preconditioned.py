@@ -1,7 +1,5 @@
 """Spectra of D^(-1/2) H D^(-1/2), and of frozen weights, against dense matrices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """An analysis that runs out of memory is tried again with less of it, and gives back what it held."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import math

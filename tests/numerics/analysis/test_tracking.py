@@ -1,7 +1,5 @@
 """The tracked sharpness against dense Hessians along a path of weights, and what it costs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

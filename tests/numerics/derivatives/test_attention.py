@@ -1,7 +1,5 @@
 """Attention in long contexts has the derivatives of its formula, and no matrix of all scores."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpointed regions give the spectra of the same networks without checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

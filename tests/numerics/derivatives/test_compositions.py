@@ -1,7 +1,5 @@
 """Operations written out give PyTorch's values and gradients; their further derivatives are in `test_operations`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

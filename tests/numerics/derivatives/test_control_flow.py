@@ -1,7 +1,5 @@
 """Higher-order operations have the derivatives of the loops and branches that they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

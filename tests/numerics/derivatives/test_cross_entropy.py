@@ -1,7 +1,5 @@
 """The cross-entropy of labels has the derivatives that PyTorch's has, and one tensor of the logits' size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

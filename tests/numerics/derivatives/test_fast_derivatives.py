@@ -1,7 +1,5 @@
 """Replaced operations give the values and derivatives that PyTorch's own give."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A few of the operations that `python -m benchmarks.operations` goes through, and that it goes through all."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

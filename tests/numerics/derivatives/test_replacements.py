@@ -1,7 +1,5 @@
 """Replacements that depend on the whole loss, or on other batches."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Networks of each kind, and what of them an analysis records."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import pytest

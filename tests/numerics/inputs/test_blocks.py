@@ -1,7 +1,5 @@
 """Which parameters make up a block, and the spectra of blocks against dense diagonal blocks."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Merging of batches: what is merged into which structure, and what is refused."""
 
-from __future__ import annotations
-
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A subspace that grows by residuals finds the largest eigenvalue, with a diagonal on the right-hand side too."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Sums over millions of elements are accurate; random vectors drawn in pieces are those drawn at once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Gauss-Newton matrix, residual and diagonal blocks, against dense ones."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,10 +1,9 @@
 """Products from Jacobians of the outputs are those with the dense Hessian, or are not used."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,6 @@ from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.operators import output_jacobians
 from lightning_hesd.numerics.operators.diagonal_block import block_products
 from tests import cases, oracles
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 REASON = "Jacobians of the outputs"
 

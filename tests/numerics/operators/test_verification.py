@@ -1,7 +1,5 @@
 """Products and gradients that are not those of the loss are found out: never a wrong C_t that looks certain."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
