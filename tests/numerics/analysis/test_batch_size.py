@@ -14,9 +14,12 @@ from tests import cases
 
 SIZES = (12, 12, 12, 8)
 
+Batch = list[Tensor]
+Batches = list[Batch]
+
 
 @pytest.fixture
-def batches() -> list[list[Tensor]]:
+def batches() -> Batches:
     x, y = cases.seeded(lambda: (torch.randn(sum(SIZES), 5), torch.randint(3, (sum(SIZES),))))
     return [list(pair) for pair in zip(x.split(SIZES), y.split(SIZES), strict=True)]
 
@@ -32,11 +35,11 @@ def is_merged(spectrum: Spectrum) -> bool:
 
 @pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
 def test_a_mean_over_samples_is_merged_and_the_spectrum_stays_the_same(
-    network: nn.Sequential, batches: list[list[Tensor]], strategy: Any
+    network: nn.Sequential, batches: Batches, strategy: Any
 ) -> None:
     seen: list[int] = []
 
-    def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
         seen.append(len(batch[0]))
         return cases.cross_entropy(module, batch)
 
@@ -56,7 +59,7 @@ def test_a_mean_over_samples_is_merged_and_the_spectrum_stays_the_same(
         assert getattr(together, name) == pytest.approx(getattr(apart, name), rel=accuracy)
 
 
-def test_a_number_is_the_most_samples_of_a_merged_batch(network: nn.Sequential, batches: list[list[Tensor]]) -> None:
+def test_a_number_is_the_most_samples_of_a_merged_batch(network: nn.Sequential, batches: Batches) -> None:
     spectrum = hessian_spectrum(network, batches, cases.cross_entropy, steps=5, batch_size=24)
     assert "4 batches are merged into 2" in spectrum.strategy_reason
     assert not is_merged(hessian_spectrum(network, batches, cases.cross_entropy, steps=5, batch_size=12))
@@ -71,7 +74,7 @@ def test_merged_batches_fit_into_the_memory(network: nn.Sequential) -> None:
     assert "into 1;" not in f"{tight.strategy_reason};"
 
 
-def test_layers_are_those_of_merged_batches(network: nn.Sequential, batches: list[list[Tensor]]) -> None:
+def test_layers_are_those_of_merged_batches(network: nn.Sequential, batches: Batches) -> None:
     together = layer_spectra(network, batches, cases.cross_entropy, steps=10)
     apart = layer_spectra(network, batches, cases.cross_entropy, steps=10, batch_size=None)
     for name, spectrum in together.items():
@@ -110,23 +113,23 @@ def test_tokens_weigh_merged_batches(network: nn.Sequential) -> None:
 # Losses that are no mean over samples ---------------------------------------------------------------------------------
 
 
-def contrastive(module: nn.Module, batch: list[Tensor]) -> Tensor:
+def contrastive(module: nn.Module, batch: Batch) -> Tensor:
     outputs = module(batch[0])
     return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
 
-def small_variance_term(module: nn.Module, batch: list[Tensor]) -> Tensor:
+def small_variance_term(module: nn.Module, batch: Batch) -> Tensor:
     outputs = module(batch[0])
     return F.cross_entropy(outputs, batch[1]) + 1e-3 * outputs.var(0).sum()
 
 
-def of_a_fixed_size(module: nn.Module, batch: list[Tensor]) -> Tensor:
+def of_a_fixed_size(module: nn.Module, batch: Batch) -> Tensor:
     if len(batch[0]) > 12:
         raise ValueError("a batch of 12 at most")
     return cases.cross_entropy(module, batch)
 
 
-LOSSES: dict[str, Callable[[nn.Module, list[Tensor]], Tensor]] = {
+LOSSES: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
     "summed": lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum"),
     "class weights": lambda m, b: F.cross_entropy(m(b[0]), b[1], torch.tensor([1.0, 5.0, 0.2], dtype=b[0].dtype)),
     "contrastive": contrastive,
@@ -138,7 +141,7 @@ LOSSES: dict[str, Callable[[nn.Module, list[Tensor]], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_other_losses_are_not_merged(network: nn.Sequential, batches: list[list[Tensor]], name: str) -> None:
+def test_other_losses_are_not_merged(network: nn.Sequential, batches: Batches, name: str) -> None:
     found, expected = (
         hessian_spectrum(network, batches, LOSSES[name], steps=10, batch_size=size) for size in ("auto", None)
     )
@@ -146,9 +149,7 @@ def test_other_losses_are_not_merged(network: nn.Sequential, batches: list[list[
     assert found.nodes.tolist() == expected.nodes.tolist()
 
 
-def test_a_term_that_is_flat_at_the_weights_is_found_beside_them(
-    network: nn.Sequential, batches: list[list[Tensor]]
-) -> None:
+def test_a_term_that_is_flat_at_the_weights_is_found_beside_them(network: nn.Sequential, batches: Batches) -> None:
     """With a last layer of zeros all outputs are zero, and so are their variance and its gradient."""
     nn.init.zeros_(network[2].weight)
     nn.init.zeros_(network[2].bias)
@@ -159,7 +160,7 @@ def test_batches_of_training_mode_or_with_other_shapes_stay_as_they_are(network:
     assert not is_merged(hessian_spectrum(network, batches, cases.cross_entropy, steps=5, mode="train"))
     batches = [[torch.randn(4, n, 5), torch.randint(3, (4,))] for n in (2, 3)]
 
-    def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(module(batch[0]).mean(1), batch[1])
 
     assert not is_merged(hessian_spectrum(network, batches, loss, steps=5))

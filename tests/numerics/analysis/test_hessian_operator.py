@@ -188,17 +188,13 @@ class TestProducts:
         with pytest.raises(ValueError, match=message.partition(";")[0]):
             operator.losses_along(vector, [0.0])
 
-    def test_a_non_finite_product_names_the_batch(self):
+    def test_that_are_not_finite_name_the_batch_and_those_of_numpy_arrays_are_a_type_error(self):
         module = nn.Linear(1, 1, bias=False, dtype=torch.float64)
         nn.init.zeros_(module.weight)
         operator = HessianOperator(module, [torch.ones(1, 1).double()] * 2, lambda m, b: m(b).pow(2).sum().pow(0.75))
         with pytest.raises(ArithmeticError, match="batch 0"):
             operator.matvec(torch.ones(1))
-
-    def test_of_numpy_arrays_are_a_type_error_in_both_orders(self):
-        operator = HessianOperator(*cases.make("mlp"))
-        vector = np.ones(operator.shape[0])
-        for product in (lambda: operator @ vector, lambda: vector @ operator):
+        for product in (lambda: operator @ np.ones(1), lambda: np.ones(1) @ operator):
             with pytest.raises(TypeError, match="HessianOperator"):
                 product()
 

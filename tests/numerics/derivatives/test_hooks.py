@@ -44,9 +44,8 @@ def of_plain() -> Spectrum:
 
 def assert_same(found: Spectrum, expected: Spectrum) -> None:
     slack = 2 * (found.rounding + expected.rounding)
-    np.testing.assert_allclose(
-        [found.lambda_min, found.lambda_max], [expected.lambda_min, expected.lambda_max], 0, slack
-    )
+    extremes = [expected.lambda_min, expected.lambda_max]
+    np.testing.assert_allclose([found.lambda_min, found.lambda_max], extremes, rtol=0, atol=slack)
     assert found.verified == "yes", found.verification
 
 

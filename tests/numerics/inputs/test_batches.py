@@ -86,7 +86,7 @@ BATCHES: dict[str, tuple[Any, Any, Any]] = {
         lambda b: [b["meta"].x.y, b["meta"].name],
     ),
     "packed": (
-        (pack_sequence([torch.arange(float(3 + n % 4)) for n in range(10)], enforce_sorted=False), Y),
+        (pack_sequence([torch.arange(3.0 + n % 4) for n in range(10)], enforce_sorted=False), Y),
         lambda b: [pad_packed_sequence(b[0], batch_first=True, total_length=6)[0], b[1]],
         lambda b: [],
     ),

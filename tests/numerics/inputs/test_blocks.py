@@ -31,11 +31,9 @@ def shared_twice() -> cases.Problem:
 
 
 class TestFunctionalBlocks:
-    def test_convolution_and_its_norm_are_one(self):
+    def test_convolution_and_its_norm_are_one_so_that_resnet20_has_a_block_for_each_of_its_layers(self):
         module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
         assert names(module) == {"0": ["0.weight", "0.bias", "1.weight", "1.bias"], "4": ["4.weight", "4.bias"]}
-
-    def test_resnet20_has_a_block_for_each_of_its_layers(self):
         found = names(resnet20())
         assert len(found) == 20
         assert found["3.body.0"] == ["3.body.0.weight", "3.body.1.weight", "3.body.1.bias"]

@@ -201,8 +201,6 @@ class TestTensors:
 
 
 class TestAttributes:
-    """Values of many types are in `test_snapshot.py` and `test_isolation.py`."""
-
     def test_assignments_additions_and_deletions_are_undone(self, run):
         module = Net()
         module.count, module.name, module.cache, module.last.best = 3, "before", [1], torch.ones(2)

@@ -133,10 +133,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "nested": (lambda: nested(torch.strided), times_three),
     "jagged": (lambda: nested(torch.jagged), times_three),
     "oneDNN": (lambda: torch.ones(3, 3).to_mkldnn(), lambda t: t.mul_(t.clone().add_(t))),
-    "masked": (
-        lambda: masked_tensor(torch.ones(3), torch.tensor([True, False, True])),
-        lambda t: t._masked_data.mul_(3),
-    ),
+    "masked": (lambda: masked_tensor(torch.ones(3), torch.eye(3)[0].bool()), lambda t: t._masked_data.mul_(3)),
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), lambda t: t.fill_(0.5)),
     "inference": (inferred, lambda t: t.numpy().__imul__(3)),
     "float8": (lambda: torch.ones(3).to(torch.float8_e4m3fn), lambda t: t.fill_(2.0)),
@@ -357,11 +354,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[A
     "array of objects": (lambda: np.array([[0]], dtype=object), lambda v: v.__iadd__(1), repr),
     "random numbers": (lambda: random.Random(3), lambda v: v.random(), random.Random.getstate),
     "NumPy's generator": (lambda: np.random.default_rng(3), lambda v: v.random(), lambda v: v.bit_generator.state),
-    "NumPy's old generator": (
-        lambda: np.random.RandomState(3),
-        lambda v: v.random_sample(),
-        lambda v: [part.tolist() if isinstance(part, np.ndarray) else part for part in v.get_state()],
-    ),
+    "NumPy's old generator": (lambda: np.random.RandomState(3), lambda v: v.random_sample(), lambda v: v.get_state()),
     "PyTorch's generator": (
         lambda: torch.Generator().manual_seed(3),
         lambda v: torch.rand((), generator=v),
