@@ -27,9 +27,7 @@ class Problem(NamedTuple):
 
 def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
     """Build the problem `name`; the weights and data of float32 and float64 are equal up to rounding."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        module, batches, loss_fn = _BUILDERS[name]()
+    module, batches, loss_fn = seeded(_BUILDERS[name], seed)
     # Drawn in float64 and rounded through float32, so that both types stand for exactly the same problem.
     module.to(torch.float32).to(dtype)
     return Problem(module, [_cast(batch, dtype) for batch in batches], loss_fn)
@@ -43,6 +41,34 @@ def regression(sizes: tuple[int, ...], inputs: int, outputs: int, dtype: torch.d
         module.weight.copy_(torch.randn(outputs, inputs, generator=generator))
     batches = [(_normal(generator, size, inputs), _normal(generator, size, outputs)) for size in sizes]
     return Problem(module, [_cast(batch, dtype) for batch in batches], squared_error)
+
+
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    """Return what a function makes of the random numbers of a seed; the global generator stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def custom(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Return a custom function.
+
+    Args:
+        name: That of its class, and so the beginning of that of its nodes.
+        forward: Returns the result, and after it the tensors to save.
+        backward: Returns the gradients on the inputs, given that on the result and the saved tensors.
+    """
+
+    def run(ctx: Any, *inputs: Tensor) -> Tensor:
+        result, *saved = forward(*inputs)
+        ctx.save_for_backward(*saved)
+        return result
+
+    def pull_back(ctx: Any, gradient: Tensor) -> Any:
+        return backward(gradient, *ctx.saved_tensors)
+
+    methods = {"forward": staticmethod(run), "backward": staticmethod(pull_back)}
+    return type(name, (torch.autograd.Function,), methods).apply
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,6 +52,25 @@ def dense_hessian(
         return torch.autograd.functional.hessian(mean_loss, point, vectorize=True)
 
 
+def dense_gauss_newton(module: nn.Module, batches: Sequence[Any], output_loss: Callable[[Any, Any], Tensor]) -> Tensor:
+    """Return Jᵀ (∂²L/∂o²) J of the mean loss, from Jacobians and Hessians written out, shape (n, n)."""
+    chosen = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    terms = []
+    for batch in batches:
+
+        def outputs(*values: Tensor, batch: Any = batch) -> Tensor:
+            return functional_call(module, dict(zip(chosen, values, strict=True)), (batch[0],)).flatten()
+
+        def loss(flat: Tensor, batch: Any = batch) -> Tensor:
+            return output_loss(flat.view(module(batch[0]).shape), batch)
+
+        parts = torch.autograd.functional.jacobian(outputs, tuple(chosen.values()), vectorize=True)
+        jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
+        curvature = torch.autograd.functional.hessian(loss, outputs(*chosen.values()), vectorize=True)
+        terms.append(len(batch[0]) * jacobian.T @ curvature @ jacobian)
+    return sum(terms) / sum(len(batch[0]) for batch in batches)
+
+
 def eigenvalues(*problem: Any, **options: Any) -> np.ndarray:
     """Return the eigenvalues of the dense Hessian, ascending; the arguments are those of `dense_hessian`."""
     return torch.linalg.eigvalsh(dense_hessian(*problem, **options)).numpy()
@@ -65,6 +86,21 @@ def case_hessian(name: str) -> Tensor:
 def case_eigenvalues(name: str) -> np.ndarray:
     """Return the eigenvalues of this Hessian, ascending."""
     return torch.linalg.eigvalsh(case_hessian(name)).numpy()
+
+
+def cross_entropy_hessians(module: nn.Module, x: Tensor, y: Tensor, chunk_size: int | None = None) -> Tensor:
+    """Return the Hessians of the losses of all x[i], which are samples or batches, shape (len(x), n, n)."""
+    parameters = dict(module.named_parameters())
+
+    def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in parameters.values()])
+        values = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+        return F.cross_entropy(functional_call(module, values, (x,)), y)
+
+    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # PyTorch's own
+        return torch.func.vmap(torch.func.hessian(loss), (None, 0, 0), chunk_size=chunk_size)(flat, x, y)
 
 
 def hausdorff(first: Any, second: Any) -> float:

@@ -1,7 +1,5 @@
 """The criteria as torchmetrics: against Spectrum, in collections, over ranks, as plots."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -32,20 +30,22 @@ def values(found: dict[str, Tensor]) -> dict[str, float]:
 
 
 def expected(found: Spectrum) -> dict[str, float]:
-    return {
-        "c_t": found.c_t,
-        "lambda_max": found.lambda_max,
-        "lambda_min": found.lambda_min,
-        "k_h05": found.k_h(0.5),
-        "mp": float(found.hesd_type == "MP"),
-    }
+    extremes = {name: getattr(found, name) for name in ("c_t", "lambda_max", "lambda_min")}
+    return {**extremes, "k_h05": found.k_h(0.5), "mp": float(found.hesd_type == "MP")}
+
+
+def criteria(spectra: list[Spectrum], **options: Any) -> dict[str, float]:
+    metric = HessianCriteria(**options)
+    for found in spectra:
+        metric.update(found)
+    # The states are flat, so that torchmetrics gathers them whatever the numbers of probes and steps.
+    assert {state.ndim for name in metric.metric_state for state in getattr(metric, name)} == {1}
+    return values(metric.compute())
 
 
 def test_metric_and_function_agree_with_the_spectrum() -> None:
     found = spectrum()
-    metric = HessianCriteria()
-    metric.update(found)
-    assert values(metric.compute()) == expected(found)
+    assert criteria([found]) == expected(found)
     pair = torch.tensor(found.nodes), torch.tensor(found.weights)
     assert values(hessian_criteria(*pair, rounding=found.rounding)) == expected(found)
     of_tensors = HessianCriteria()
@@ -55,18 +55,14 @@ def test_metric_and_function_agree_with_the_spectrum() -> None:
 
 def test_padded_probes_count_with_what_they_have() -> None:
     full, short = spectrum(probes=1, steps=9), spectrum(seed=5, probes=1, steps=4)
-    together = HessianCriteria()
-    together.update(full)
-    together.update(short)
-    found = values(together.compute())
+    found = criteria([full, short])
     assert found["lambda_max"] == max(full.lambda_max, short.lambda_max)
     assert found["k_h05"] == pytest.approx((full.k_h() + short.k_h()) / 2)
     assert found["c_t"] == found["lambda_min"] / found["lambda_max"]
 
 
 def test_forward_gives_the_batch_and_compute_everything() -> None:
-    metric = HessianCriteria()
-    first, second = spectrum(seed=0), spectrum(seed=1)
+    metric, first, second = HessianCriteria(), spectrum(seed=0), spectrum(seed=1)
     metric(first)
     assert values(metric(second)) == expected(second)
     assert values(metric.compute())["lambda_max"] == max(first.lambda_max, second.lambda_max)
@@ -128,21 +124,14 @@ def test_plots() -> None:
     assert isinstance(axes, Axes)
     assert set(axes.get_legend_handles_labels()[1]) == {"c_t", "lambda_max", "lambda_min", "k_h05", "mp"}
     _, axes = metric.plot([metric(spectrum(seed=1)), metric(spectrum(seed=2))])
-    assert [len(line.get_xdata()) for line in axes.lines] == [2] * 5  # type: ignore[arg-type]
+    assert [len(line.get_xdata()) for line in axes.lines] == [2] * 5
 
 
 def test_ranks_pool_their_probes() -> None:
-    """The states are flat, so that torchmetrics gathers them whatever the numbers of probes and steps."""
-
-    def criteria(seeds: list[int], **options: Any) -> dict[str, float]:
-        metric = HessianCriteria(**options)
-        for seed in seeds:
-            metric.update(spectrum(seed=seed, probes=1, steps=9 - 2 * seed))
-        assert {state.ndim for name in metric.metric_state for state in getattr(metric, name)} == {1}
-        return values(metric.compute())
+    spectra = [spectrum(seed=seed, probes=1, steps=9 - 2 * seed) for seed in range(3)]
 
     def work(ranks: ThreadRank) -> dict[str, float]:
         options = {"dist_sync_fn": ranks.gather, "distributed_available_fn": lambda: True}
-        return criteria([0] if ranks.rank == 0 else [1, 2], **options)
+        return criteria(spectra[:1] if ranks.rank == 0 else spectra[1:], **options)
 
-    assert in_threads(2, work) == [pytest.approx(criteria([0, 1, 2]))] * 2
+    assert in_threads(2, work) == [pytest.approx(criteria(spectra))] * 2

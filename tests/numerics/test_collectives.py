@@ -19,13 +19,10 @@ def exchange(ranks: Collectives) -> list[object]:
     ]
 
 
-def test_a_single_rank_has_its_own_values() -> None:
+def test_a_single_rank_has_its_own_values_and_all_ranks_have_the_same() -> None:
     assert exchange(LOCAL) == [[1.0, 1.0], [1.0, -1.0], 1.0, [False, False], "rank 0", False]
     tensor = torch.ones(2)
     assert LOCAL.sum(tensor) is tensor
-
-
-def test_all_ranks_have_the_same_values() -> None:
     expected = [[6.0, 3.0], [6.0, -6.0], 3.0, [True, False], "rank 0", True]
     assert in_threads(3, exchange) == [expected] * 3
 
@@ -41,7 +38,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(failing: list[int]) -> None:
         try:
             return f"returns {ranks.run_together(function)}"
         except (KeyError, AnotherRankFailedError) as error:
-            return f"{type(error).__name__}"
+            return type(error).__name__
 
     own = {rank: "KeyError" if rank in failing else "AnotherRankFailedError" for rank in range(3)}
     assert in_threads(3, work) == [own[rank] if failing else f"returns {rank}" for rank in range(3)]

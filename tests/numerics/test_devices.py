@@ -1,9 +1,7 @@
 """What devices differ in, with modules of PyTorch's that stand in for those of devices that are not here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -63,11 +61,7 @@ Provide = Callable[[str, Accelerator], Accelerator]
 
 @pytest.fixture
 def provide(monkeypatch: pytest.MonkeyPatch) -> Provide:
-    def provide(name: str, module: Accelerator) -> Accelerator:
-        monkeypatch.setattr(torch, name, module)
-        return module
-
-    return provide
+    return lambda name, module: monkeypatch.setattr(torch, name, module) or module
 
 
 def test_generators_of_all_kinds_of_accelerators_are_kept(provide: Provide) -> None:
@@ -90,29 +84,14 @@ def test_an_accelerator_that_is_not_in_use_is_left_alone(provide: Provide) -> No
     assert accelerators() == []
 
 
-def test_memory_is_that_of_the_device_where_it_tells(provide: Provide) -> None:
-    provide("xpu", Accelerator())
+def test_memory_is_that_of_the_device_or_what_the_process_allows_itself_and_is_given_back(provide: Provide) -> None:
+    module = provide("xpu", Accelerator())
     assert default_budget(torch.device("xpu", 0)) == SHARE_OF_FREE_MEMORY * (1000 + 700 - 500)
     assert default_budget(torch.device("mps")) > 2000, "shared with the computer"
-
-
-class Limited(Accelerator):
-    """One whose memory the process has limited to a share, so far with nothing else on it."""
-
-    def get_per_process_memory_fraction(self, device: object) -> float:
-        return 0.2
-
-    def mem_get_info(self, device: object) -> tuple[int, int]:
-        return 5000 - 700, 5000
-
-
-def test_memory_is_what_the_process_allows_itself(provide: Provide) -> None:
-    provide("xpu", Limited())
+    # Limited to a share, so far with nothing else on the device.
+    module.get_per_process_memory_fraction = lambda _: 0.2
+    module.mem_get_info = lambda _: (5000 - 700, 5000)
     assert default_budget(torch.device("xpu", 0)) == SHARE_OF_FREE_MEMORY * (0.2 * 5000 - 700 + 700 - 500)
-
-
-def test_all_accelerators_give_memory_back(provide: Provide) -> None:
-    module = provide("xpu", Accelerator())
     release_memory()
     assert not module.has_cache
 
@@ -124,10 +103,6 @@ def test_the_finest_type() -> None:
 
 
 def test_a_device_may_refuse_arithmetic_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refuses:
-        def add_(self, other: Any) -> None:
-            msg = "Required aspect fp64 is not supported on the device"
-            raise RuntimeError(msg)
-
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: Refuses())
+    refusing = mock.Mock(side_effect=RuntimeError("Required aspect fp64 is not supported on the device"))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: mock.Mock(add_=refusing))
     assert finest_dtype(torch.device("xpu")) is torch.float32

@@ -1,9 +1,8 @@
 """Increments of means over random orders, against all orders there are."""
 
-from __future__ import annotations
-
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,25 +68,19 @@ class TestFitRate:
         assert all(math.isnan(value) for value in fit_rate([nothing, nothing], nothing))
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.0], [[1.0, 2.0, 3.0]], 1.0])
-def test_values_must_be_at_least_three(values: object) -> None:
-    with pytest.raises(ValueError, match=r"`losses` must have shape \(N,\) with N at least 3, got \("):
-        checked_values("losses", values)
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_values_must_be_finite(wrong: float) -> None:
-    with pytest.raises(ValueError, match=r"`losses` must be finite, got (nan|inf) for sample 2"):
-        checked_values("losses", [1.0, 2.0, wrong, 4.0])
-
-
-@pytest.mark.parametrize("orders", [1, 0, -1, 2.0, True, None])
-def test_an_error_over_orders_needs_two(orders: object) -> None:
-    with pytest.raises(ValueError, match="`orders` must be an integer of at least 2, got"):
-        check_orders(orders, 0)
-
-
-@pytest.mark.parametrize("seed", [-1, 0.0, True, None])
-def test_seeds_are_integers(seed: object) -> None:
-    with pytest.raises(ValueError, match="`seed` must be a non-negative integer, got"):
-        check_orders(2, seed)
+@pytest.mark.parametrize(
+    ("check", "arguments", "message"),
+    [
+        *(
+            (checked_values, ("losses", v), r"shape \(N,\) with N at least 3, got \(")
+            for v in ([1.0] * 2, [[1.0] * 3], 1.0)
+        ),
+        (checked_values, ("losses", [1.0, 2.0, math.nan]), "`losses` must be finite, got nan for sample 2"),
+        (checked_values, ("losses", [1.0, 2.0, math.inf]), "`losses` must be finite, got inf for sample 2"),
+        *((check_orders, (n, 0), "`orders` must be an integer of at least 2, got") for n in (1, 2.0, True, None)),
+        *((check_orders, (2, seed), "`seed` must be a non-negative integer, got") for seed in (-1, 0.0, True, None)),
+    ],
+)
+def test_refusals(check: Any, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(*arguments)

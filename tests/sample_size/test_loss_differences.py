@@ -1,7 +1,5 @@
 """Loss differences: identities that hold exactly, errors that are what they say, and the figure."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math
@@ -9,18 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy import stats
-from torch import nn
 
 from lightning_hesd.sample_size.loss_differences import differences_of, loss_differences
 from lightning_hesd.sample_size.sample_losses import per_sample_losses
-
-
-def lognormal(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).lognormal(size=count)
+from tests.cases import cross_entropy
+from tests.sample_size.test_increments import lognormal
+from tests.sample_size.test_sample_losses import batches, each, network
 
 
 def all_orders(losses: np.ndarray) -> np.ndarray:
@@ -30,16 +24,11 @@ def all_orders(losses: np.ndarray) -> np.ndarray:
 
 
 class TestAgainstAllOrders:
-    def test_mean_and_standard_error(self) -> None:
-        found = differences_of(lognormal(6), orders=4000)
-        z = (found.mean - all_orders(lognormal(6)).mean(axis=0)) / found.standard_error
-        assert (np.abs(z) < 4).all()
-        expected = all_orders(lognormal(6)).std(axis=0) / math.sqrt(4000)
-        np.testing.assert_allclose(found.standard_error, expected, rtol=0.1)
-
-    def test_expected_rms_is_exact(self) -> None:
-        expected = np.sqrt((all_orders(lognormal(6)) ** 2).mean(axis=0))
-        np.testing.assert_allclose(differences_of(lognormal(6)).expected_rms, expected, rtol=1e-12)
+    def test_mean_standard_error_and_expected_rms(self) -> None:
+        found, true = differences_of(lognormal(6), orders=4000), all_orders(lognormal(6))
+        assert (np.abs(found.mean - true.mean(axis=0)) < 4 * found.standard_error).all()
+        np.testing.assert_allclose(found.standard_error, true.std(axis=0) / math.sqrt(4000), rtol=0.1)
+        np.testing.assert_allclose(found.expected_rms, np.sqrt((true**2).mean(axis=0)), rtol=1e-12)
 
     def test_bands_cover_as_often_as_they_say(self) -> None:
         truth = all_orders(lognormal(6)).mean(axis=0)
@@ -62,15 +51,12 @@ def test_the_band_is_student_s() -> None:
 
 class TestRate:
     @pytest.mark.parametrize("draw", ["lognormal", "uniform"])
-    def test_is_minus_one_whatever_the_losses(self, draw: str) -> None:
+    def test_is_minus_one_and_the_constant_the_mean_absolute_deviation_whatever_the_losses(self, draw: str) -> None:
         losses = getattr(np.random.default_rng(1), draw)(size=2000)
         found = differences_of(losses)
         assert found.rate == pytest.approx(-1.0, abs=0.02)
         assert 0.001 < found.rate_error < 0.01
-
-    def test_constant_is_the_mean_absolute_deviation(self) -> None:
-        losses = lognormal(2000)
-        assert differences_of(losses).constant == pytest.approx(np.abs(losses - losses.mean()).mean(), rel=0.01)
+        assert found.constant == pytest.approx(np.abs(losses - losses.mean()).mean(), rel=0.01)
 
     def test_scale_and_shift(self) -> None:
         plain, other = differences_of(lognormal(50)), differences_of(5 - 3 * lognormal(50))
@@ -93,51 +79,34 @@ class TestSmoothed:
         np.testing.assert_allclose(found.smoothed(0.99), expected, rtol=1e-13)
         np.testing.assert_array_equal(found.smoothed(), found.smoothed(0.99))
         np.testing.assert_array_equal(found.smoothed(0.0), found.mean)
-
-    @pytest.mark.parametrize("factor", [1.0, -0.1, 1.5, math.nan])
-    def test_refuses_other_factors(self, factor: float) -> None:
-        with pytest.raises(ValueError, match="`factor` must be at least 0 and less than 1, got"):
-            differences_of(lognormal(5)).smoothed(factor)
+        for factor in (1.0, -0.1, math.nan):
+            with pytest.raises(ValueError, match="`factor` must be at least 0 and less than 1, got"):
+                found.smoothed(factor)
 
 
 class TestOfANetwork:
-    @staticmethod
-    def arguments(reduction: str = "none") -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
-            batches = [(torch.randn(size, 3).double(), torch.randint(2, (size,))) for size in (6, 5)]
-        return module, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction=reduction)
-
-    @pytest.mark.parametrize("reduction", ["none", "mean"])
-    def test_is_that_of_its_losses(self, reduction: str) -> None:
-        found = loss_differences(*self.arguments(reduction), orders=7, seed=3, confidence=0.5)
-        expected = differences_of(per_sample_losses(*self.arguments()), orders=7, seed=3, confidence=0.5)
-        assert (found.num_samples, found.orders, found.seed, found.confidence) == (11, 7, 3, 0.5)
+    @pytest.mark.parametrize("loss_fn", [each, cross_entropy])
+    def test_is_that_of_its_losses(self, loss_fn: Any) -> None:
+        found = loss_differences(network(), batches(), loss_fn, orders=7, seed=3, confidence=0.5)
+        expected = differences_of(per_sample_losses(network(), batches(), each), orders=7, seed=3, confidence=0.5)
+        assert (found.num_samples, found.orders, found.seed, found.confidence) == (9, 7, 3, 0.5)
         np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
         assert found.rate == pytest.approx(expected.rate, rel=1e-10)
-        assert found.sample_sizes.tolist() == list(range(1, 11))
+        assert found.sample_sizes.tolist() == list(range(1, 9))
 
     def test_is_taken_in_the_mode_asked_for(self) -> None:
-        module, batches, loss_fn = self.arguments()
-        module.append(nn.Dropout())
-        found = loss_differences(module, batches, loss_fn, mode="train")
-        expected = differences_of(per_sample_losses(module, batches, loss_fn, mode="train"))
+        found, evaluated = (loss_differences(network(), batches(), each, mode=mode) for mode in ("train", "eval"))
+        expected = differences_of(per_sample_losses(network(), batches(), each, mode="train"))
         np.testing.assert_array_equal(found.mean, expected.mean)
-        assert (found.mean != loss_differences(module, batches, loss_fn).mean).any()
+        assert (found.mean != evaluated.mean).any()
 
     @pytest.mark.parametrize(
         ("name", "wrong", "wanted"),
-        [
-            ("orders", 1, "must be"),
-            ("seed", -1, "must be"),
-            *(("confidence", wrong, "must lie between 0 and 1, got") for wrong in (0.0, 1.0, math.nan)),
-        ],
+        [("orders", 1, "must be"), ("seed", -1, "must be"), ("confidence", 1.0, "must lie between 0 and 1, got")],
     )
     def test_checks_its_arguments_before_it_works(self, name: str, wrong: Any, wanted: str) -> None:
-        module, batches, _ = self.arguments()
         with pytest.raises(ValueError, match=f"`{name}` {wanted}"):
-            loss_differences(module, batches, None, **{name: wrong})
+            loss_differences(network(), batches(), None, **{name: wrong})
 
 
 class TestPlot:

@@ -1,11 +1,7 @@
 """The recommended number of samples: against formulas, and by simulation, whether its promises hold."""
 
-from __future__ import annotations
-
 import math
-import warnings
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_hesd.numerics.analysis.group_statistics import samples_needed
 from lightning_hesd.sample_size.recommendation import SampleSize, loss_requirement, recommend_sample_size
 from lightning_hesd.spectra.intervals import chi_square_quantile
 from tests import oracles
+from tests.cases import cross_entropy
+from tests.sample_size.test_sample_losses import each
 
 POPULATION, PILOT, SEEDS = 3000, 256, 20
 CONFIDENCE, TOLERANCE, LOSS_TOLERANCE = 0.9, 0.15, 0.02
@@ -46,11 +43,9 @@ class TestLoss:
         assert found.pilot == pytest.approx(47 / 100)
         assert found.interval[0] < found.samples < found.interval[1]
 
-    def test_a_pilot_that_is_too_small_cannot_tell(self):
+    def test_a_pilot_that_is_too_small_cannot_tell_and_no_deviation_needs_one_sample(self):
         found = loss_requirement(np.array([1.0, 2.0, 3.0]), tolerance=0.1, confidence=0.95)
         assert found.samples == math.inf
-
-    def test_no_deviation_needs_one_sample(self):
         found = loss_requirement(np.full(100, 2.0), tolerance=0.1, confidence=0.9)
         assert (found.samples, found.pilot) == (1, 0)
 
@@ -58,12 +53,7 @@ class TestLoss:
 # Simulation
 
 
-def loss_fn(module: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
-
-
-def mean_loss(module: nn.Module, batch: Any) -> Tensor:
-    return loss_fn(module, batch).mean()
+RECOMMENDED = {"tolerance": TOLERANCE, "loss_tolerance": LOSS_TOLERANCE, "confidence": CONFIDENCE, "strategy": "graph"}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +67,7 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
     for _ in range(20):
         optimizer.zero_grad()
-        mean_loss(module, (x[:1000], y[:1000])).backward()
+        cross_entropy(module, (x[:1000], y[:1000])).backward()
         optimizer.step()
     return module, x, y
 
@@ -86,18 +76,8 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
 def hessians(problem: tuple[nn.Module, Tensor, Tensor]) -> Tensor:
     """The Hessian of every sample of the population, shape (POPULATION, n, n)."""
     module, x, y = problem
-    shapes = {name: p.shape for name, p in module.named_parameters()}
-    flat = torch.cat([p.detach().flatten() for p in module.parameters()])
-
-    def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
-        values = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        return F.cross_entropy(functional_call(module, values, (x,)), y)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
-        found = torch.func.vmap(torch.func.hessian(loss), (None, 0, 0))(flat, x, y)
-    whole = oracles.dense_hessian(module, [(x[:100], y[:100])], mean_loss)
+    found = oracles.cross_entropy_hessians(module, x, y)
+    whole = oracles.dense_hessian(module, [(x[:100], y[:100])], cross_entropy)
     torch.testing.assert_close(found[:100].mean(0), whole, rtol=0, atol=1e-12)
     return found
 
@@ -117,11 +97,7 @@ def recommended(problem: tuple[nn.Module, Tensor, Tensor]) -> list[tuple[SampleS
     for seed in range(SEEDS):
         generator = np.random.default_rng(seed)
         pilot = generator.choice(POPULATION, PILOT, replace=False)
-        result = recommend_sample_size(
-            module, [(x[pilot], y[pilot])], loss_fn, tolerance=TOLERANCE, loss_tolerance=LOSS_TOLERANCE,
-            confidence=CONFIDENCE, strategy="graph",
-        )  # fmt: skip
-        found.append((result, generator))
+        found.append((recommend_sample_size(module, [(x[pilot], y[pilot])], each, **RECOMMENDED), generator))
     return found
 
 
@@ -145,7 +121,7 @@ def test_the_spectrum_is_as_stable_as_promised(hessians, recommended, quantity, 
 
 def test_the_loss_is_as_stable_as_promised(problem, recommended):
     module, x, y = problem
-    losses = loss_fn(module, (x, y)).detach().numpy()
+    losses = each(module, (x, y)).detach().numpy()
     inside, inside_with_fewer, trials = 0, 0, 0
     for result, generator in recommended:
         k = int(result.requirements["loss"].samples)
@@ -161,10 +137,7 @@ def test_the_loss_is_as_stable_as_promised(problem, recommended):
 
 def test_intervals_contain_what_a_large_pilot_finds(problem, recommended):
     module, x, y = problem
-    large = recommend_sample_size(
-        module, [(x, y)], loss_fn, tolerance=TOLERANCE, loss_tolerance=LOSS_TOLERANCE,
-        confidence=CONFIDENCE, strategy="graph",
-    )  # fmt: skip
+    large = recommend_sample_size(module, [(x, y)], each, **RECOMMENDED)
     low, high = zip(*(result.requirements["loss"].interval for result, _ in recommended), strict=True)
     inside = sum(a <= large.requirements["loss"].samples <= b for a, b in zip(low, high, strict=True))
     assert holds_as_often_as_promised(inside, SEEDS)
@@ -198,13 +171,13 @@ def test_the_answer_is_that_of_the_most_demanding_quantity(recommended):
 def test_mistakes(problem, options, samples, message):
     module, x, y = problem
     with pytest.raises(ValueError, match=message):
-        recommend_sample_size(module, [(x[:samples], y[:samples])], loss_fn, **options)
+        recommend_sample_size(module, [(x[:samples], y[:samples])], each, **options)
 
 
 def test_no_curvature():
     batch = (torch.zeros(16, 2), torch.zeros(16, dtype=torch.long))
     with pytest.raises(ArithmeticError, match="the spectrum has no sampling error"):
-        recommend_sample_size(nn.Linear(2, 1), [batch], loss_fn)
+        recommend_sample_size(nn.Linear(2, 1), [batch], each)
 
 
 def test_of_a_mean_over_tokens() -> None:

@@ -1,7 +1,5 @@
 """Losses of single samples, whichever way the loss function gives them."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from typing import Any
@@ -12,24 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hesd.sample_size.sample_losses import per_sample_losses, read_batches
-from tests.cases import cross_entropy
+from lightning_hesd.sample_size.sample_losses import per_sample_losses
+from tests.cases import cross_entropy, seeded
 
 SIZES = (5, 3, 1)
 
 
 def batches(dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(size, 4, generator=generator).to(dtype), torch.randint(3, (size,), generator=generator))
-        for size in SIZES
-    ]
+    return seeded(lambda: [(torch.randn(size, 4).to(dtype), torch.randint(3, (size,))) for size in SIZES])
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(), nn.Linear(6, 3)).to(dtype)
+    return seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(), nn.Linear(6, 3)), 1).to(dtype)
 
 
 def each(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -40,11 +32,8 @@ def each(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def test_are_those_of_the_samples_one_by_one(loss_fn: Any, dtype: torch.dtype) -> None:
     module = network(dtype).eval()
     found = per_sample_losses(module, batches(dtype), loss_fn)
-    expected = [
-        F.cross_entropy(module(x[None]), y[None]).item()
-        for xs, ys in batches(dtype)
-        for x, y in zip(xs, ys, strict=True)
-    ]
+    samples = [sample for batch in batches(dtype) for sample in zip(*batch, strict=True)]
+    expected = [F.cross_entropy(module(x[None]), y[None]).item() for x, y in samples]
     assert found.dtype == np.float64
     assert found.shape == (sum(SIZES),)
     np.testing.assert_allclose(found, expected, rtol=8 * torch.finfo(dtype).eps)
@@ -58,9 +47,8 @@ def test_a_mean_is_taken_apart_in_any_structure() -> None:
         assert np.array_equal(batch["inputs"][0].numpy(), batch["inputs"][1])
         return cross_entropy(module, (batch["inputs"][0], batch["labels"][0]))
 
-    np.testing.assert_array_equal(
-        per_sample_losses(network(), given, loss_fn), per_sample_losses(network(), batches(), cross_entropy)
-    )
+    expected = per_sample_losses(network(), batches(), cross_entropy)
+    np.testing.assert_array_equal(per_sample_losses(network(), given, loss_fn), expected)
 
 
 def test_each_way_costs_what_the_docstring_says() -> None:
@@ -131,7 +119,7 @@ class TestState:
         (
             lambda m, b: each(m, b).repeat(2),
             ValueError,
-            r"shape \(5,\) for batch 0, or their mean, a scalar; got shape \(10,\)",
+            r"\(5,\) for batch 0, or their mean, a scalar; got shape \(10,\)",
         ),
         (lambda m, b: torch.ones(1), ValueError, r"must return one loss per sample, shape \(5,\)"),
         (lambda m, b: torch.ones(5, 1), ValueError, r"must return one loss per sample, shape \(5,\)"),
@@ -142,8 +130,5 @@ class TestState:
 def test_refusals_of_losses(losses: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         per_sample_losses(network(), batches(), losses)
-
-
-def test_refusal_of_no_batches() -> None:
     with pytest.raises(ValueError, match="`batches` is empty"):
-        read_batches([])
+        per_sample_losses(network(), [], losses)

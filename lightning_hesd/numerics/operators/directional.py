@@ -139,29 +139,29 @@ class Comparison:
     def __init__(self, claim: Any, tolerance: float, size: Callable[[Any], float], scale: float | None = None) -> None:
         self.gap = math.inf
         self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
-        self._estimates: list[tuple[float, float]] = []  # gap and change, at steps where rounding is small enough
-        self._agrees = False
-        self._is_settled = True  # as far as estimates at shorter steps tell, which rounding makes too coarse
-        self._before: Any = None
+        self._before: Any = None  # the last estimate whose rounding error is small enough
+        self._distance = math.inf  # of that from the claim
+        self._agrees = self._has_settled = self._has_moved = False
 
     def add(self, value: Any, rounding: float) -> None:
         """Add the estimate at the next step, with its absolute rounding error."""
         scale = max(self._size(self._claim), self._size(value)) if self._scale is None else self._scale
         change = math.inf if self._before is None else self._size(value - self._before)
         if not math.isfinite(scale) or rounding > self._tolerance * scale:
-            if self._estimates:
-                self._is_settled &= change <= SETTLED * self._estimates[-1][0] + rounding
+            if self._before is not None:  # coarse as the value is, it may tell whether the last estimate had settled
+                self._has_settled |= change + rounding <= SETTLED * self._distance
+                self._has_moved |= change > SETTLED * self._distance + rounding
             return
         self._before = value
-        gap = self._size(value - self._claim)
-        self._agrees |= gap <= self._tolerance * scale + rounding
-        self._estimates.append((gap, change))
-        self.gap = min(self.gap, gap / scale if scale else 0.0)
+        self._distance = self._size(value - self._claim)
+        self._agrees |= self._distance <= self._tolerance * scale + rounding
+        self._has_settled = change <= SETTLED * self._distance
+        self.gap = min(self.gap, self._distance / scale if scale else 0.0)
 
     @property
     def is_hidden(self) -> bool:
         """Whether the rounding error is too large at every step."""
-        return not self._estimates
+        return self._before is None
 
     @property
     def outcome(self) -> Outcome:
@@ -171,6 +171,4 @@ class Comparison:
         """
         if self._agrees:
             return "agrees"
-        if len(self._estimates) > 1 and self._is_settled and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
-            return "differs"
-        return "undecided"
+        return "differs" if self._has_settled and not self._has_moved else "undecided"

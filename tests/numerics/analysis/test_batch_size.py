@@ -1,8 +1,7 @@
 """Batches are merged where the loss of a merged batch is the mean of theirs, and only there."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,23 +12,21 @@ from lightning_hesd import Spectrum, hessian_spectrum, layer_spectra
 from lightning_hesd.numerics.inputs.batches import position_in_epoch
 from tests import cases
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 SIZES = (12, 12, 12, 8)
+
+Batch = list[Tensor]
+Batches = list[Batch]
 
 
 @pytest.fixture
-def batches() -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(sum(SIZES), 5, generator=generator), torch.randint(3, (sum(SIZES),), generator=generator)
+def batches() -> Batches:
+    x, y = cases.seeded(lambda: (torch.randn(sum(SIZES), 5), torch.randint(3, (sum(SIZES),))))
     return [list(pair) for pair in zip(x.split(SIZES), y.split(SIZES), strict=True)]
 
 
 @pytest.fixture
 def network() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    return cases.seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), 1)
 
 
 def is_merged(spectrum: Spectrum) -> bool:
@@ -38,11 +35,11 @@ def is_merged(spectrum: Spectrum) -> bool:
 
 @pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
 def test_a_mean_over_samples_is_merged_and_the_spectrum_stays_the_same(
-    network: nn.Sequential, batches: list[list[Tensor]], strategy: Any
+    network: nn.Sequential, batches: Batches, strategy: Any
 ) -> None:
     seen: list[int] = []
 
-    def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
         seen.append(len(batch[0]))
         return cases.cross_entropy(module, batch)
 
@@ -62,7 +59,7 @@ def test_a_mean_over_samples_is_merged_and_the_spectrum_stays_the_same(
         assert getattr(together, name) == pytest.approx(getattr(apart, name), rel=accuracy)
 
 
-def test_a_number_is_the_most_samples_of_a_merged_batch(network: nn.Sequential, batches: list[list[Tensor]]) -> None:
+def test_a_number_is_the_most_samples_of_a_merged_batch(network: nn.Sequential, batches: Batches) -> None:
     spectrum = hessian_spectrum(network, batches, cases.cross_entropy, steps=5, batch_size=24)
     assert "4 batches are merged into 2" in spectrum.strategy_reason
     assert not is_merged(hessian_spectrum(network, batches, cases.cross_entropy, steps=5, batch_size=12))
@@ -77,7 +74,7 @@ def test_merged_batches_fit_into_the_memory(network: nn.Sequential) -> None:
     assert "into 1;" not in f"{tight.strategy_reason};"
 
 
-def test_layers_are_those_of_merged_batches(network: nn.Sequential, batches: list[list[Tensor]]) -> None:
+def test_layers_are_those_of_merged_batches(network: nn.Sequential, batches: Batches) -> None:
     together = layer_spectra(network, batches, cases.cross_entropy, steps=10)
     apart = layer_spectra(network, batches, cases.cross_entropy, steps=10, batch_size=None)
     for name, spectrum in together.items():
@@ -86,10 +83,7 @@ def test_layers_are_those_of_merged_batches(network: nn.Sequential, batches: lis
 
 
 def test_sampling_errors_come_from_the_same_groups(network: nn.Sequential) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        [torch.randn(16, 5, generator=generator), torch.randint(3, (16,), generator=generator)] for _ in range(4)
-    ]
+    batches = cases.seeded(lambda: [[torch.randn(16, 5), torch.randint(3, (16,))] for _ in range(4)])
     together, apart = (
         hessian_spectrum(network, batches, cases.cross_entropy, steps=40, sampling_error=True, batch_size=size)
         for size in ("auto", None)
@@ -100,11 +94,9 @@ def test_sampling_errors_come_from_the_same_groups(network: nn.Sequential) -> No
 
 
 def test_tokens_weigh_merged_batches(network: nn.Sequential) -> None:
-    generator = torch.Generator().manual_seed(2)
-    batches = [
-        {"x": torch.randn(6, 4, 5, generator=generator), "labels": torch.randint(-1, 3, (6, 4), generator=generator)}
-        for _ in range(3)
-    ]
+    batches = cases.seeded(
+        lambda: [{"x": torch.randn(6, 4, 5), "labels": torch.randint(-1, 3, (6, 4))} for _ in range(3)]
+    )
     for batch in batches:
         batch["labels"][batch["labels"] == -1] = -100
 
@@ -121,71 +113,54 @@ def test_tokens_weigh_merged_batches(network: nn.Sequential) -> None:
 # Losses that are no mean over samples ---------------------------------------------------------------------------------
 
 
-def summed(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1], reduction="sum")
-
-
-def class_weighted(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1], weight=torch.tensor([1.0, 5.0, 0.2], dtype=batch[0].dtype))
-
-
-def contrastive(module: nn.Module, batch: list[Tensor]) -> Tensor:
+def contrastive(module: nn.Module, batch: Batch) -> Tensor:
     outputs = module(batch[0])
     return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
 
-def small_variance_term(module: nn.Module, batch: list[Tensor]) -> Tensor:
+def small_variance_term(module: nn.Module, batch: Batch) -> Tensor:
     outputs = module(batch[0])
     return F.cross_entropy(outputs, batch[1]) + 1e-3 * outputs.var(0).sum()
 
 
-def by_position(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return cases.cross_entropy(module, batch) * (1 + position_in_epoch() % 2)
-
-
-def of_a_fixed_size(module: nn.Module, batch: list[Tensor]) -> Tensor:
+def of_a_fixed_size(module: nn.Module, batch: Batch) -> Tensor:
     if len(batch[0]) > 12:
-        msg = "a batch of 12 at most"
-        raise ValueError(msg)
+        raise ValueError("a batch of 12 at most")
     return cases.cross_entropy(module, batch)
 
 
-def coarse(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]).bfloat16(), batch[1])
+LOSSES: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
+    "summed": lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum"),
+    "class weights": lambda m, b: F.cross_entropy(m(b[0]), b[1], torch.tensor([1.0, 5.0, 0.2], dtype=b[0].dtype)),
+    "contrastive": contrastive,
+    "small variance term": small_variance_term,
+    "by position": lambda m, b: cases.cross_entropy(m, b) * (1 + position_in_epoch() % 2),
+    "of a fixed size": of_a_fixed_size,
+    "coarse": lambda m, b: F.cross_entropy(m(b[0]).bfloat16(), b[1]),
+}
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        *(summed, class_weighted, contrastive, small_variance_term, by_position, of_a_fixed_size, coarse),
-    ],
-)
-def test_other_losses_are_not_merged(
-    network: nn.Sequential, batches: list[list[Tensor]], loss: Callable[[nn.Module, list[Tensor]], Tensor]
-) -> None:
-    found, expected = (hessian_spectrum(network, batches, loss, steps=10, batch_size=size) for size in ("auto", None))
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_losses_are_not_merged(network: nn.Sequential, batches: Batches, name: str) -> None:
+    found, expected = (
+        hessian_spectrum(network, batches, LOSSES[name], steps=10, batch_size=size) for size in ("auto", None)
+    )
     assert not is_merged(found)
     assert found.nodes.tolist() == expected.nodes.tolist()
 
 
-def test_a_term_that_is_flat_at_the_weights_is_found_beside_them(
-    network: nn.Sequential, batches: list[list[Tensor]]
-) -> None:
+def test_a_term_that_is_flat_at_the_weights_is_found_beside_them(network: nn.Sequential, batches: Batches) -> None:
     """With a last layer of zeros all outputs are zero, and so are their variance and its gradient."""
     nn.init.zeros_(network[2].weight)
     nn.init.zeros_(network[2].bias)
-    spectrum = hessian_spectrum(network, batches, small_variance_term, steps=10)
-    assert not is_merged(spectrum)
+    assert not is_merged(hessian_spectrum(network, batches, small_variance_term, steps=10))
 
 
-def test_in_training_mode_batches_stay_as_they_are(network: nn.Sequential, batches: list[list[Tensor]]) -> None:
+def test_batches_of_training_mode_or_with_other_shapes_stay_as_they_are(network: nn.Sequential, batches: Any) -> None:
     assert not is_merged(hessian_spectrum(network, batches, cases.cross_entropy, steps=5, mode="train"))
-
-
-def test_batches_with_other_shapes_stay_as_they_are(network: nn.Sequential) -> None:
     batches = [[torch.randn(4, n, 5), torch.randint(3, (4,))] for n in (2, 3)]
 
-    def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(module(batch[0]).mean(1), batch[1])
 
     assert not is_merged(hessian_spectrum(network, batches, loss, steps=5))

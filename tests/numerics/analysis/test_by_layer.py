@@ -1,7 +1,5 @@
 """What one analysis of a whole network tells of its layers and of numbers of eigenvalues, against dense Hessians."""
 
-import copy
-import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from lightning_hesd.numerics.collectives import Collectives
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.krylov.vectors import VectorSpace
 from tests import cases
-from tests.numerics.analysis.test_preconditioned import diagonals
+from tests.numerics.analysis.test_preconditioned import diagonals, preconditioned
 from tests.oracles import case_hessian, dense_hessian
 from tests.ranks import in_threads
 
@@ -55,8 +53,8 @@ def check(spectrum: Spectrum, true: dict[str, np.ndarray], slack: float) -> list
     found = spectrum.by_layer.values()
     assert sum(layer.dimension for layer in found) == spectrum.dimension
     assert sum(layer.trace for layer in found) == pytest.approx(spectrum.trace, rel=1e-4, abs=slack)
-    for weights in ([layer.lambda_max_weight for layer in found], [layer.lambda_min_weight for layer in found]):
-        assert sum(weights) == pytest.approx(1, abs=1e-5)
+    assert sum(layer.lambda_max_weight for layer in found) == pytest.approx(1, abs=1e-5)
+    assert sum(layer.lambda_min_weight for layer in found) == pytest.approx(1, abs=1e-5)
     return holds
 
 
@@ -93,26 +91,54 @@ def test_shares_are_those_of_the_dense_hessian():
         assert layer.lambda_max_weight == pytest.approx(np.trace(largest[name]), rel=1e-8)
 
 
-class TestOptions:
-    def test_only_chosen_parameters_are_analyzed(self):
-        problem = cases.make("frozen")
+def test_only_chosen_parameters_are_analyzed_and_a_preconditioner_scales_the_layers():
+    problem = cases.make("frozen")
 
-        def chosen(name: str, _: Any) -> bool:
-            return name.startswith(("0.", "4.weight"))
+    def chosen(name: str, _: Any) -> bool:
+        return name.startswith(("0.", "4.weight"))
 
-        hessian = dense_hessian(*problem, parameters=chosen).numpy()
-        spectrum = hessian_spectrum(*problem, steps=len(hessian), parameters=chosen)
-        assert {name: layer.dimension for name, layer in spectrum.by_layer.items()} == {"0": 20, "4": 12}
-        assert spectrum.by_layer["0"].trace == pytest.approx(np.trace(hessian[:20, :20]), rel=1e-8)
-        assert spectrum.by_layer["4"].trace == pytest.approx(np.trace(hessian[20:, 20:]), rel=1e-8)
+    hessian = dense_hessian(*problem, parameters=chosen).numpy()
+    spectrum = hessian_spectrum(*problem, steps=len(hessian), parameters=chosen)
+    assert {name: layer.dimension for name, layer in spectrum.by_layer.items()} == {"0": 20, "4": 12}
+    assert spectrum.by_layer["0"].trace == pytest.approx(np.trace(hessian[:20, :20]), rel=1e-8)
+    assert spectrum.by_layer["4"].trace == pytest.approx(np.trace(hessian[20:, 20:]), rel=1e-8)
+    problem = cases.make("mlp")
+    preconditioner = diagonals(problem.module)
+    hessian = preconditioned("mlp", preconditioner).numpy()
+    spectrum = hessian_spectrum(*problem, steps=len(hessian), preconditioner=preconditioner)
+    check(spectrum, blocks(problem, "mlp", hessian), slack=1e-9 * np.linalg.norm(hessian, 2))
 
-    def test_a_preconditioner_scales_the_layers(self):
-        problem = cases.make("mlp")
-        preconditioner = diagonals(problem.module)
-        scale = torch.cat([d.flatten() for d in preconditioner.values()]).rsqrt()
-        hessian = (scale[:, None] * case_hessian("mlp") * scale).numpy()
-        spectrum = hessian_spectrum(*problem, steps=len(hessian), preconditioner=preconditioner)
-        check(spectrum, blocks(problem, "mlp", hessian), slack=1e-9 * np.linalg.norm(hessian, 2))
+
+# Option `layer_probes`: more random vectors, at one product each ------------------------------------------------------
+
+
+def test_traces_of_layers_are_as_accurate_as_so_many_vectors_make_them() -> None:
+    problem, diagonal = cases.make("mlp"), case_hessian("mlp").diagonal()
+    errors, stated = {}, {}
+    for probes in (0, 15):
+        found = [hessian_spectrum(*problem, steps=6, seed=seed, layer_probes=probes) for seed in range(12)]
+        layers = [list(spectrum.by_layer.values()) for spectrum in found]
+        expected = [float(part.sum()) for part in diagonal.split([layer.dimension for layer in layers[0]])]
+        deviations = np.array([[layer.trace for layer in of_one] for of_one in layers]) - expected
+        stated[probes] = np.array([[layer.trace_error for layer in of_one] for of_one in layers])
+        errors[probes] = np.sqrt((deviations**2).mean(axis=0))
+        assert (np.abs(deviations) <= 3 * stated[probes]).all()
+        assert {spectrum.matvecs for spectrum in found} == {6 + probes}
+    assert (errors[15] < 0.5 * errors[0]).all()
+    assert (np.median(stated[15], axis=0) < 0.5 * np.median(stated[0], axis=0)).all()
+
+
+def test_more_vectors_do_not_change_the_spectrum_and_there_are_none_without_a_krylov_basis() -> None:
+    plain, probed = (hessian_spectrum(*cases.make("mlp"), steps=6, layer_probes=probes) for probes in (0, 3))
+    np.testing.assert_array_equal(plain.nodes, probed.nodes)
+    assert plain.trace == probed.trace
+    bounds = [[layer.lambda_max_bounds for layer in s.by_layer.values()] for s in (plain, probed)]
+    assert bounds[0] == bounds[1]
+    without = hessian_spectrum(*cases.make("mlp"), steps=6, layer_probes=3, basis="none")
+    assert (without.by_layer, without.matvecs) == ({}, 6)
+
+
+# Several ranks --------------------------------------------------------------------------------------------------------
 
 
 class _Shard(VectorSpace):
@@ -140,7 +166,6 @@ def test_gram_matrices_of_sharded_vectors_are_those_of_whole_ones():
     whole = Lanczos(matrix.mv, start, 10)
     whole.run()
     expected = whole.grams(layers)
-    assert expected is not None
     np.testing.assert_allclose(expected.sum(axis=0), np.eye(10), atol=1e-13)
 
     def work(ranks: Collectives) -> np.ndarray:
@@ -156,12 +181,8 @@ def test_gram_matrices_of_sharded_vectors_are_those_of_whole_ones():
         run.run()
         mine = [[slice(0, 7), slice(0, 0)], [slice(7, 12)]] if ranks.rank == 0 else [[slice(8, 12)], [slice(0, 8)]]
         # As many ranges on each rank, as parameters have: each is a sum over ranks.
-        mine = [[*ranges, *[slice(0, 0)] * (2 - len(ranges))] for ranges in mine]
-        grams = run.grams(mine)
-        assert grams is not None
-        return grams
+        return run.grams([[*ranges, *[slice(0, 0)] * (2 - len(ranges))] for ranges in mine])
 
-    first, second = in_threads(2, copy.copy(work))
+    first, second = in_threads(2, work)
     np.testing.assert_allclose(first, expected, atol=1e-12)
     np.testing.assert_array_equal(first, second)
-    assert math.isfinite(first.sum())

@@ -25,7 +25,6 @@ def make(**options: Any) -> Any:
 
 OUT_OF_RANGE = [
     ("steps", 0, r"`steps` must be a positive integer, got 0"),
-    ("steps", 2.0, r"`steps` must be a positive integer, got 2\.0"),
     ("steps", True, r"`steps` must be a positive integer, got True"),
     ("probes", 0, r"`probes` must be a positive integer, got 0"),
     ("seed", -1, r"`seed` must be a non-negative integer, got -1"),
@@ -43,9 +42,10 @@ OUT_OF_RANGE = [
         ("tolerance", value, rf"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got {value!r}")
         for value in (0.0, 1.0, True, "fine")
     ],
-    ("memory_budget", 0, r"`memory_budget` must be a positive integer, a number of bytes, or None, got 0"),
-    ("memory_budget", 1e9, r"`memory_budget` must be a positive integer, .*got 1000000000\.0"),
-    ("memory_budget", True, r"`memory_budget` must be a positive integer, .*got True"),
+    *[
+        ("memory_budget", value, f"`memory_budget` must be a positive integer, a number of bytes, or None, got {value}")
+        for value in (0, 1e9, True)
+    ],
     ("batch_size", 2.5, r"`batch_size` must be a positive integer or 'auto'"),
     ("batch_size", "most", r"`batch_size` must be a positive integer or 'auto'"),
     ("batch_weight", "words", 'must be a function of the batch, "tokens" or None'),
@@ -104,7 +104,7 @@ class TestOptions:
         (
             nn.Linear(2, 1).requires_grad_(False),
             {},
-            r"`module` \(Linear\) has no parameter that requires grad \(`include_frozen=True` includes",
+            r"no parameter that requires grad \(`include_frozen=True` includes",
         ),
         (nn.Tanh(), {}, r"`module` \(Tanh\) has no parameter that requires grad"),
         (nn.Linear(2, 1), {"parameters": lambda *_: False}, "leaves none of the 2 parameters: weight, bias"),
@@ -123,14 +123,12 @@ def test_parameters_that_cannot_be_analyzed(module, options, message):
 
 
 class TestBatches:
-    def test_there_must_be_one(self):
+    def test_there_must_be_one_and_weights_must_be_positive(self):
         with pytest.raises(ValueError, match=r"no batches to analyze: `batches` is empty"):
             hessian_spectrum(nn.Linear(2, 1), [], cases.squared_error)
-
-    @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
-    def test_weights_must_be_positive(self, weight):
-        with pytest.raises(ValueError, match="batch_weight"):
-            make(batch_weight=lambda batch: weight)
+        for weight in (0.0, -1.0, math.nan, math.inf):
+            with pytest.raises(ValueError, match="batch_weight"):
+                make(batch_weight=lambda _, weight=weight: weight)
 
     def test_a_batch_without_tensor_needs_a_weight(self):
         module = nn.Linear(1, 1)
@@ -155,7 +153,6 @@ class TestLoss:
         ("value", "said"),
         [
             (None, "a scalar tensor, got NoneType"),
-            (1.0, "a scalar tensor, got float"),
             ({"loss": torch.zeros(())}, "a scalar tensor, got dict"),
             (torch.zeros(2, 1), r"a scalar tensor, the mean over the batch; got shape \(2, 1\)"),
             (torch.zeros(0), r"a scalar tensor, the mean over the batch; got shape \(0,\)"),
@@ -186,9 +183,8 @@ class TestLoss:
             x = batch[0] - bad
             return (x @ module.weight.T).square().sum().sqrt()
 
-        with pytest.raises(
-            ArithmeticError, match=rf"the Hessian-vector product of batch {bad} is NaN or infinite, though its loss is"
-        ):
+        said = rf"the Hessian-vector product of batch {bad} is NaN or infinite, though its loss is"
+        with pytest.raises(ArithmeticError, match=said):
             self.analyze(loss, strategy)
 
     @pytest.mark.parametrize("scale", [1e20, 1e30])
@@ -201,26 +197,22 @@ class TestLoss:
         assert found.lambda_max == pytest.approx(scale * usual.lambda_max, rel=1e-4)
 
 
-class OnceDifferentiable(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return cases.OnceDifferentiable.apply(x).square()
-
-
 class TestTwiceDifferentiable:
     # "auto" goes on with central differences: see test_strategies.
     BATCH = (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 1))
+    ONCE = cases.Applied(lambda x: cases.OnceDifferentiable.apply(x).square())
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
     @pytest.mark.parametrize("place", [1, 3])
     def test_a_function_differentiable_once_is_refused_wherever_it_is(self, place, strategy):
         module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
-        module.insert(place, OnceDifferentiable())
+        module.insert(place, self.ONCE)
         with pytest.raises(RuntimeError, match=r"cannot be differentiated twice: .*`once_differentiable`"):
             hessian_spectrum(module, [self.BATCH], cases.squared_error, strategy=strategy)
 
     @pytest.mark.parametrize("strategy", EXACT)
     def test_before_the_first_parameter_it_does_not_matter(self, strategy):
-        module = nn.Sequential(OnceDifferentiable(), nn.Linear(3, 1))
+        module = nn.Sequential(self.ONCE, nn.Linear(3, 1))
         spectrum = hessian_spectrum(module, [self.BATCH], cases.squared_error, strategy=strategy)
         assert spectrum.lambda_max > 0
         assert spectrum.strategy != "finite_difference"

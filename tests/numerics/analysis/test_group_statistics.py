@@ -1,7 +1,5 @@
 """Extreme eigenvalues of resampled groups, against those of the resampled matrices."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

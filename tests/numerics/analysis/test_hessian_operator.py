@@ -1,5 +1,4 @@
 import copy
-import functools
 import sys
 from typing import Any
 
@@ -19,50 +18,34 @@ def dense(operator: HessianOperator) -> Tensor:
     return operator @ torch.eye(operator.shape[0], dtype=operator.dtype)
 
 
-def short(name: str, dtype: torch.dtype = torch.float64) -> cases.Problem:
-    """A problem with at most two samples in each batch."""
-    problem = cases.make(name, dtype)
-    return problem._replace(batches=[tuple(part[:2] for part in batch) for batch in problem.batches])
-
-
-@functools.cache
-def by_differences(name: str, step: float = 3e-4) -> np.ndarray:
-    """Hessian of the mean loss over all samples by second differences of its values, to O(step⁴), in float64."""
-    problem = short(name)
-    module = copy.deepcopy(problem.module).double().eval()
+def second_differences(problem: cases.Problem, directions: Tensor, step: float = 3e-4) -> list[float]:
+    """Second derivatives of the mean loss over all samples along directions by its values, to O(step⁴), in float64."""
+    module, batches = copy.deepcopy(problem.module).double().eval(), problem.batches
     parameters = [p for p in module.parameters() if p.requires_grad]
-    batches = problem.batches
     start = torch.cat([p.detach().flatten() for p in parameters])
-    samples = sum(len(b[0]) for b in batches)
 
     @torch.no_grad()
     def loss(point: Tensor) -> float:
         torch.nn.utils.vector_to_parameters(point, parameters)
-        return sum(len(b[0]) * problem.loss_fn(module, b).item() for b in batches) / samples
+        losses = [problem.loss_fn(module, batch).item() for batch in batches]
+        return np.average(losses, weights=[len(batch[0]) for batch in batches])
 
-    def bend(direction: Tensor) -> float:  # fourth order: the five-point formula
-        along = [loss(start + distance * step * direction) for distance in (-2, -1, 0, 1, 2)]
-        return float(np.dot([-1, 16, -30, 16, -1], along)) / (12 * step**2)
-
-    n = len(start)
-    identity = torch.eye(n, dtype=torch.float64)
-    diagonal = [bend(e) for e in identity]
-    hessian = np.diag(diagonal)
-    for i in range(n):
-        for j in range(i):
-            hessian[i, j] = hessian[j, i] = (bend(identity[i] + identity[j]) - diagonal[i] - diagonal[j]) / 2
-    return hessian
+    distances, factors = (-2, -1, 0, 1, 2), np.array([-1, 16, -30, 16, -1]) / (12 * step**2)  # the five-point formula
+    return [factors @ [loss(start + distance * step * v) for distance in distances] for v in directions]
 
 
 class TestAgainstTheTruth:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("name", "strategy"), [("frozen", "recompute"), ("tied", "auto")])
-    def test_second_differences_of_the_loss(self, name, strategy, dtype):
-        true = by_differences(name)
-        found = dense(HessianOperator(*short(name, dtype), strategy=strategy))
+    def test_second_differences_of_the_loss_along_directions_of_one_and_two_parameters(self, name, strategy, dtype):
+        found = dense(HessianOperator(*cases.make(name, dtype), strategy=strategy)).double()
+        units = torch.eye(len(found), dtype=torch.float64)
+        directions = torch.cat([units, units + units.roll(1, 0), units + units.roll(5, 0)])
+        true = second_differences(cases.make(name), directions)
         # Differences: rounding 1e-16·loss/step² = 1e-8 at most; float32: rounding of the products.
         error = 1e-7 if dtype is torch.float64 else 1e-5
-        np.testing.assert_allclose(found, true, rtol=0, atol=error * np.abs(true).max())
+        products = ((directions @ found) * directions).sum(1)
+        np.testing.assert_allclose(products, true, rtol=0, atol=4 * error * found.abs().max())
 
     def test_parts_add_up(self):
         """That they are the dense ones is in `operators/test_curvature.py`."""
@@ -78,29 +61,18 @@ class TestAgainstTheTruth:
         block = dense(HessianOperator(*problem, parameters=lambda name, _: name.startswith("0.")))
         torch.testing.assert_close(block, whole[:25, :25], rtol=0, atol=1e-15)
         diagonals = {name: torch.full_like(p, 4.0) for name, p in problem.module.named_parameters()}
-        torch.testing.assert_close(
-            dense(HessianOperator(*problem, preconditioner=diagonals)), whole / 4, rtol=0, atol=1e-15
-        )
+        scaled = dense(HessianOperator(*problem, preconditioner=diagonals))
+        torch.testing.assert_close(scaled, whole / 4, rtol=0, atol=1e-15)
 
 
-def everything(module: nn.Module) -> tuple[list[Any], ...]:
+def everything(module: nn.Module) -> Any:
     """Parameters, gradients, buffers, modes and random number generators."""
-    return (
-        [p.detach().clone() for p in module.parameters()],
-        [None if p.grad is None else p.grad.clone() for p in module.parameters()],
-        [b.clone() for b in module.buffers()],
-        [(m.training, len(m._forward_hooks)) for m in module.modules()],
-        [p.requires_grad for p in module.parameters()],
-        [torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()],
-    )
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
+    parameters = list(module.parameters())
+    gradients = [None if p.grad is None else p.grad.tolist() for p in parameters]
+    modes = [(m.training, len(m._forward_hooks)) for m in module.modules()]
+    tensors = [*parameters, *module.buffers(), torch.get_rng_state()]
+    around = [p.requires_grad for p in parameters], torch.is_grad_enabled(), torch.get_default_dtype()
+    return [tensor.tolist() for tensor in tensors], gradients, modes, around
 
 
 class TestContext:
@@ -116,7 +88,7 @@ class TestContext:
         operator = HessianOperator(*problem)
         ones = torch.ones(operator.shape[0], dtype=torch.float64)
         outside = operator @ ones
-        assert same(everything(problem.module), before)
+        assert everything(problem.module) == before
         with operator:
             assert not problem.module.training
             assert torch.equal(operator @ ones, outside)
@@ -124,52 +96,42 @@ class TestContext:
                 assert torch.equal(operator @ ones, outside)
             assert not problem.module.training
             assert torch.equal(operator @ ones, outside)
-        assert same(everything(problem.module), before)
+        assert everything(problem.module) == before
 
     def test_also_after_an_exception(self, problem):
         before = everything(problem.module)
         operator = HessianOperator(*problem)
         with pytest.raises(ValueError, match="`vector` must have shape"), operator:
             operator.matvec(torch.ones(3))
-        assert same(everything(problem.module), before)
+        assert everything(problem.module) == before
         failing = HessianOperator(problem.module, problem.batches, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError), failing:
             pass
         with pytest.raises(ZeroDivisionError):
             failing.matvec(torch.ones(failing.shape[0]))
-        assert same(everything(problem.module), before)
+        assert everything(problem.module) == before
         torch.testing.assert_close(operator @ torch.ones(operator.shape[0]), operator @ torch.ones(operator.shape[0]))
 
-    def test_outside_a_product_is_of_the_parameters_of_that_moment(self):
-        problem = cases.make("mlp")
-        operator = HessianOperator(*problem)
+    def test_outside_a_product_is_of_the_parameters_of_that_moment_and_inside_graphs_are_built_once(self):
+        (module, batches, loss_fn), calls = cases.make("mlp"), []
+        operator = HessianOperator(module, batches, lambda m, b: calls.append(1) or loss_fn(m, b))
         ones = torch.ones(operator.shape[0], dtype=torch.float64)
         before = operator @ ones
         with torch.no_grad():
-            problem.module[0].weight.mul_(2.0)
+            module[0].weight.mul_(2.0)
         after = operator @ ones
         assert not torch.allclose(before, after)
-        assert torch.equal(after, HessianOperator(*problem) @ ones)
-
-    def test_inside_graphs_are_built_once(self):
-        problem, calls = cases.make("mlp"), []
-
-        def loss_fn(module: nn.Module, batch: Any) -> Tensor:
-            calls.append(1)
-            return problem.loss_fn(module, batch)
-
-        operator = HessianOperator(problem.module, problem.batches, loss_fn)
+        assert torch.equal(after, HessianOperator(module, batches, loss_fn) @ ones)
         with operator:
-            before = len(calls)
+            calls.clear()
             operator.matmat(torch.eye(operator.shape[0]))
-        assert len(calls) == before
+        assert not calls
 
     @pytest.mark.parametrize("strategy", ["graph", "finite_difference"])
     def test_random_vectors_drawn_between_products_are_the_users(self, strategy):
         operator = HessianOperator(*cases.make("mlp"), strategy=strategy)
         n = operator.shape[0]
-        torch.manual_seed(5)
-        expected = [torch.randn(n) for _ in range(3)]
+        expected = cases.seeded(lambda: [torch.randn(n).tolist() for _ in range(3)], 5)
         torch.manual_seed(5)
         drawn = []
         with operator:
@@ -177,7 +139,7 @@ class TestContext:
                 drawn.append(torch.randn(n))
                 operator.matvec(drawn[-1])
         drawn.append(torch.randn(n))
-        assert same(drawn, expected)
+        assert [vector.tolist() for vector in drawn] == expected
 
     @pytest.mark.parametrize(("context", "strategy"), [(torch.no_grad, "graph"), (torch.inference_mode, "recompute")])
     def test_without_gradients_around_it(self, context, strategy):
@@ -200,19 +162,16 @@ class TestContext:
 
 
 class TestProducts:
-    def test_from_the_right(self):
-        operator = HessianOperator(*cases.make("mlp"))
-        vectors = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    def test_of_columns_from_both_sides_in_the_dtype_of_the_operator(self):
+        operator = HessianOperator(*cases.make("mlp", torch.float32), dtype=torch.float64)
+        vectors = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(0))
         with operator:
             columns = operator.matmat(vectors)
+            assert columns.dtype is torch.float64
             assert torch.equal(columns[:, 1], operator.matvec(vectors[:, 1]))
             assert torch.equal(operator @ vectors, columns)
             assert torch.equal(vectors.T @ operator, columns.T)
             assert torch.equal(vectors[:, 1] @ operator, columns[:, 1])
-
-    def test_take_the_dtype_of_the_operator(self):
-        operator = HessianOperator(*cases.make("mlp", torch.float32), dtype=torch.float64)
-        assert (operator @ torch.ones(operator.shape[0])).dtype is torch.float64
 
     @pytest.mark.parametrize(
         ("vector", "message"),
@@ -229,18 +188,13 @@ class TestProducts:
         with pytest.raises(ValueError, match=message.partition(";")[0]):
             operator.losses_along(vector, [0.0])
 
-    def test_a_non_finite_product_names_the_batch(self):
+    def test_that_are_not_finite_name_the_batch_and_those_of_numpy_arrays_are_a_type_error(self):
         module = nn.Linear(1, 1, bias=False, dtype=torch.float64)
         nn.init.zeros_(module.weight)
         operator = HessianOperator(module, [torch.ones(1, 1).double()] * 2, lambda m, b: m(b).pow(2).sum().pow(0.75))
         with pytest.raises(ArithmeticError, match="batch 0"):
             operator.matvec(torch.ones(1))
-
-    def test_of_numpy_arrays_are_a_type_error_in_both_orders(self):
-        module, batches, loss_fn = short("mlp")
-        operator = HessianOperator(module, batches, loss_fn)
-        vector = np.ones(operator.shape[0])
-        for product in (lambda: operator @ vector, lambda: vector @ operator):
+        for product in (lambda: operator @ np.ones(1), lambda: np.ones(1) @ operator):
             with pytest.raises(TypeError, match="HessianOperator"):
                 product()
 

@@ -1,7 +1,5 @@
 """`loss_along_eigenvectors`: the loss along the eigenvectors of the extreme eigenvalues."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any
@@ -59,13 +57,11 @@ def test_losses_are_those_of_moved_weights() -> None:
     parameters = [p for p in moved.parameters() if p.requires_grad]
     start = torch.cat([p.detach().flatten() for p in parameters])
     for vector, (distances, losses) in zip(vectors, spectrum.losses_along, strict=True):
-        expected = []
+        expected, sizes = [], [len(batch[0]) for batch in problem.batches]
         for distance in distances:
             torch.nn.utils.vector_to_parameters(start + distance * vector, parameters)
-            found = [(len(b[0]), problem.loss_fn(moved, b).item()) for b in problem.batches]
-            expected.append(sum(n * loss for n, loss in found) / sum(n for n, _ in found))
-        turned = expected[::-1]
-        assert losses == pytest.approx(expected if expected[11] <= expected[9] else turned, rel=1e-7)
+            expected.append(np.average([problem.loss_fn(moved, b).item() for b in problem.batches], weights=sizes))
+        assert losses == pytest.approx(expected if expected[11] <= expected[9] else expected[::-1], rel=1e-7)
         assert losses[11] <= losses[9]
 
 
@@ -86,9 +82,8 @@ def test_with_several_probes_the_vectors_are_those_of_the_extreme_nodes() -> Non
     problem = cases.make("mlp")
     spectrum = hessian_spectrum(*problem, steps=5, probes=4, loss_along_eigenvectors=True)
     assert len(set(spectrum.nodes[:, 0])) == 4
-    for (distances, losses), eigenvalue in zip(
-        spectrum.losses_along, (spectrum.lambda_min, spectrum.lambda_max), strict=True
-    ):
+    extremes = spectrum.lambda_min, spectrum.lambda_max
+    for (distances, losses), eigenvalue in zip(spectrum.losses_along, extremes, strict=True):
         # Also where a node has not converged it is the curvature along its vector.
         second = (losses[11] - 2 * losses[10] + losses[9]) / distances[11] ** 2
         assert second == pytest.approx(eigenvalue, rel=0.05)
@@ -100,16 +95,9 @@ def test_no_losses_without_the_option_or_a_krylov_basis(options: dict[str, Any])
 
 
 def test_no_losses_along_eigenvectors_of_a_part_of_the_hessian() -> None:
-    def output_fn(module: Point, _: Tensor) -> Tensor:
-        return module.place
-
-    def output_loss(outputs: Tensor, batch: Tensor) -> Tensor:
-        return outputs.square().sum() + batch.mean()
-
-    spectrum = hessian_spectrum(
-        Point(), BATCHES, lambda m, b: output_loss(output_fn(m, b), b), matrix="ggn", output_fn=output_fn,
-        output_loss=output_loss, loss_along_eigenvectors=True,
-    )  # fmt: skip
+    split = {"output_fn": lambda m, _: m.place, "output_loss": lambda outputs, b: outputs.square().sum() + b.mean()}
+    options = {"matrix": "ggn", **split, "loss_along_eigenvectors": True}
+    spectrum = hessian_spectrum(Point(), BATCHES, lambda m, b: m.place.square().sum() + b.mean(), **options)
     assert spectrum.losses_along.size == 0
 
 
@@ -119,8 +107,7 @@ def test_no_loss_where_the_loss_function_refuses_its_inputs() -> None:
 
     def cautious(module: Point, batch: Tensor) -> Tensor:
         if float((module.place.detach() - start).norm()) > 0.2:
-            msg = "too far"
-            raise ValueError(msg)
+            raise ValueError("too far")
         return quadratic(module, batch)
 
     spectrum = hessian_spectrum(point, BATCHES, cautious, loss_along_eigenvectors=True)

@@ -1,7 +1,5 @@
 """Spectra of D^(-1/2) H D^(-1/2), and of frozen weights, against dense matrices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,10 @@ def diagonals(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def dense(name: str, preconditioner: dict[str, Tensor]) -> np.ndarray:
+def preconditioned(name: str, preconditioner: dict[str, Tensor]) -> Tensor:
+    """Return the dense matrix D^(-1/2) H D^(-1/2)."""
     scale = torch.cat([d.flatten() for d in preconditioner.values()]).rsqrt()
-    return torch.linalg.eigvalsh(scale[:, None] * case_hessian(name) * scale).numpy()
+    return scale[:, None] * case_hessian(name) * scale
 
 
 @pytest.mark.parametrize(
@@ -38,43 +37,33 @@ def dense(name: str, preconditioner: dict[str, Tensor]) -> np.ndarray:
 def test_nodes_are_eigenvalues_of_the_preconditioned_hessian(name: str, dtype: torch.dtype, epsilons: float) -> None:
     problem = cases.make(name, dtype)
     preconditioner = diagonals(problem.module)
-    values = dense(name, preconditioner)
+    values = torch.linalg.eigvalsh(preconditioned(name, preconditioner)).numpy()
     spectrum = hessian_spectrum(*problem, steps=len(values), preconditioner=preconditioner)
     size = np.abs(values).max()
     assert spectrum.matrix == "preconditioned hessian"
-    assert abs(spectrum.lambda_min - values[0]) <= epsilons * torch.finfo(dtype).eps * size
-    assert abs(spectrum.lambda_max - values[-1]) <= epsilons * torch.finfo(dtype).eps * size
+    extremes = [spectrum.lambda_min, spectrum.lambda_max]
+    np.testing.assert_allclose(extremes, values[[0, -1]], rtol=0, atol=epsilons * torch.finfo(dtype).eps * size)
     if dtype == torch.float64:
         assert hausdorff(spectrum.nodes[0][spectrum.weights[0] > 1e-12], values) <= 1e-9 * size
 
 
 def test_central_differences_state_their_error() -> None:
     problem = cases.make("mlp")
-    preconditioner = diagonals(problem.module)
-    values = dense("mlp", preconditioner)
-    spectrum = hessian_spectrum(
-        *problem, steps=len(values), preconditioner=preconditioner, strategy="finite_difference"
-    )
-    assert spectrum.rounding < 1e-6 * values[-1]
-    assert abs(spectrum.lambda_max - values[-1]) <= spectrum.rounding
-    assert abs(spectrum.lambda_min - values[0]) <= spectrum.rounding
+    given = diagonals(problem.module)
+    values = torch.linalg.eigvalsh(preconditioned("mlp", given)).numpy()
+    found = hessian_spectrum(*problem, steps=len(values), preconditioner=given, strategy="finite_difference")
+    assert found.rounding < 1e-6 * values[-1]
+    np.testing.assert_allclose([found.lambda_min, found.lambda_max], values[[0, -1]], rtol=0, atol=found.rounding)
 
 
-def test_identity_changes_nothing() -> None:
+def test_identity_changes_nothing_but_the_predicted_memory() -> None:
     problem = cases.make("mlp")
     ones = {name: torch.ones_like(p) for name, p in problem.module.named_parameters()}
     plain = hessian_spectrum(*problem, steps=8, sampling_error=True, batch_weight=None)
     same = hessian_spectrum(*problem, steps=8, sampling_error=True, preconditioner=ones)
     np.testing.assert_array_equal(plain.nodes, same.nodes)
     assert plain.c_t_sampling_error == same.c_t_sampling_error
-
-
-def test_its_vectors_are_part_of_the_predicted_memory() -> None:
-    problem = cases.make("mlp")
-    plain = hessian_spectrum(*problem, steps=4).predicted_memory
-    scaled = hessian_spectrum(*problem, steps=4, preconditioner=diagonals(problem.module)).predicted_memory
-    assert plain is not None
-    assert scaled == plain + 3 * 43 * 8
+    assert same.predicted_memory == plain.predicted_memory + 3 * 43 * 8  # its vectors
 
 
 def test_sampling_error_is_that_of_the_preconditioned_hessian() -> None:
@@ -98,19 +87,12 @@ def test_no_curvature_is_measured_in_the_same_coordinates() -> None:
     assert spectrum.c_t == pytest.approx(plain.c_t, rel=1e-9)
 
 
-def _without(name: str) -> Any:
-    return lambda given: {key: value for key, value in given.items() if key != name}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda given: given | {"head": torch.ones(1)}, r"`preconditioner` names 'head', which is no parameter"),
-        (_without("2.bias"), r"`preconditioner` has no diagonal for '2\.bias'"),
-        (
-            lambda given: given | {"2.bias": torch.ones(4)},
-            r"`preconditioner\['2\.bias'\]` must have the shape of the parameter, \(3,\), got \(4,\)",
-        ),
+        (lambda given: {n: d for n, d in given.items() if n != "2.bias"}, r"has no diagonal for '2\.bias'"),
+        (lambda given: given | {"2.bias": torch.ones(4)}, r"must have the shape of the parameter, \(3,\), got \(4,\)"),
         (lambda given: given | {"2.bias": torch.zeros(3)}, r"`preconditioner\['2\.bias'\]` must be positive.*got 0\.0"),
         (lambda given: given | {"2.bias": torch.full((3,), torch.inf)}, r"must be positive and finite, got inf"),
         (lambda given: given | {"2.bias": torch.full((3,), torch.nan)}, r"must be positive and finite, got nan"),

@@ -1,8 +1,7 @@
 """An analysis that runs out of memory is tried again with less of it, and gives back what it held."""
 
-from __future__ import annotations
-
 import gc
+import itertools
 import math
 
 import numpy as np
@@ -15,25 +14,21 @@ from tests import cases
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 
 
-@pytest.mark.parametrize("kind", EXHAUSTIONS)
-def test_exhaustion_is_recognized(kind: str) -> None:
-    with pytest.raises((RuntimeError, MemoryError)) as caught:
-        EXHAUSTIONS[kind]()
-    assert is_out_of_memory(caught.value)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("no memory")])
-def test_other_trouble_is_not(error: Exception) -> None:
-    assert not is_out_of_memory(error)
+def test_exhaustion_is_recognized_and_other_trouble_is_not() -> None:
+    for exhaust in EXHAUSTIONS.values():
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            exhaust()
+        assert is_out_of_memory(caught.value)
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("no memory")):
+        assert not is_out_of_memory(error)
 
 
 def test_first_without_graphs_then_without_a_basis() -> None:
     module, batches, loss = cases.make("mlp")
     whole = hessian_spectrum(module, batches, loss, steps=8, batch_size=None)
     for times, basis in ((1, "device"), (2, "none")):
-        spectrum = hessian_spectrum(
-            module, batches, Scarce(loss, EXHAUSTIONS["Python"], times), steps=8, batch_size=None
-        )
+        scarce = Scarce(loss, EXHAUSTIONS["Python"], times)
+        spectrum = hessian_spectrum(module, batches, scarce, steps=8, batch_size=None)
         assert (spectrum.strategy, spectrum.basis) == ("recompute", basis)
         assert spectrum.strategy_reason.startswith("out of memory (")
         assert spectrum.strategy_reason.count("out of memory (") == times
@@ -42,7 +37,7 @@ def test_first_without_graphs_then_without_a_basis() -> None:
         np.testing.assert_allclose(spectrum.nodes, whole.nodes, atol=1e-8 * np.abs(whole.nodes).max())
 
 
-def test_the_last_failure_is_raised_and_its_memory_given_back() -> None:
+def test_the_last_failure_is_raised_its_memory_given_back_and_what_the_user_chose_stays() -> None:
     module, batches, loss = cases.make("mlp")
     scarce = Scarce(loss, EXHAUSTIONS["CPU"], math.inf)
     gc.disable()
@@ -54,26 +49,18 @@ def test_the_last_failure_is_raised_and_its_memory_given_back() -> None:
         assert len(scarce.held) == 3
     finally:
         gc.enable()
-
-
-def test_what_the_user_chose_stays() -> None:
-    module, batches, loss = cases.make("mlp")
     scarce = Scarce(loss, EXHAUSTIONS["CPU"], math.inf)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         hessian_spectrum(module, batches, scarce, steps=8, batch_size=None, strategy="recompute", basis="device")
     assert len(scarce.held) == 1
 
 
-def test_exhaustion_in_a_product_is_no_lack_of_a_second_derivative() -> None:
+def test_exhaustion_in_a_product_or_of_layers_is_no_lack_of_a_second_derivative() -> None:
     module, batches, loss = cases.make("mlp")
     spectrum = hessian_spectrum(module, batches, ScarceInProducts(loss, 1), steps=8, batch_size=None)
     assert spectrum.strategy == "recompute"
     assert "out of memory" in spectrum.strategy_reason
     assert "differentiated" not in spectrum.strategy_reason
-
-
-def test_layers_are_tried_again_together() -> None:
-    module, batches, loss = cases.make("mlp")
     spectra = layer_spectra(module, batches, Scarce(loss, EXHAUSTIONS["GPU"], 1), steps=4, batch_size=None)
     assert {spectrum.strategy for spectrum in spectra.values()} == {"recompute"}
 
@@ -82,17 +69,12 @@ def test_without_a_second_derivative_there_are_no_graphs_to_save() -> None:
     """Products are central differences then, and there is but the basis to do without."""
     module, batches, loss = cases.make("mlp")
 
+    evaluations = itertools.count(1)
+
     def rough(module: torch.nn.Module, batch: object) -> torch.Tensor:
-        return cases.OnceDifferentiable.apply(scarce(module, batch).exp()).log()
-
-    evaluations = 0
-
-    def scarce(module: torch.nn.Module, batch: object) -> torch.Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        if evaluations == 5:
+        if next(evaluations) == 5:
             EXHAUSTIONS["GPU"]()
-        return loss(module, batch)
+        return cases.OnceDifferentiable.apply(loss(module, batch).exp()).log()
 
     spectrum = hessian_spectrum(module, batches, rough, steps=4, batch_size=None)
     assert (spectrum.strategy, spectrum.basis) == ("finite_difference", "none")

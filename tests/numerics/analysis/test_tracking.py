@@ -1,7 +1,6 @@
 """The tracked sharpness against dense Hessians along a path of weights, and what it costs."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +27,10 @@ def gradient_of(problem: cases.Problem) -> Tensor:
 
 def descend(problem: cases.Problem, lr: float, steps: int) -> None:
     """Take some steps of gradient descent."""
+    parameters = list(problem.module.parameters())
     for _ in range(steps):
-        slope = gradient_of(problem)
-        with torch.no_grad():
-            at = 0
-            for p in problem.module.parameters():
-                p.sub_(slope[at : at + p.numel()].view_as(p), alpha=lr)
-                at += p.numel()
+        weights = torch.nn.utils.parameters_to_vector(parameters) - lr * gradient_of(problem)
+        torch.nn.utils.vector_to_parameters(weights.detach(), parameters)
 
 
 def diagonals(problem: cases.Problem, seed: int) -> dict[str, Tensor]:
@@ -95,13 +91,16 @@ def test_the_cost_in_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(calls) == len(batches) * (2 + found.products)
 
 
+def of_weights(values: list[float], loss: Callable[[Tensor], Tensor]) -> cases.Problem:
+    module = torch.nn.Module()
+    module.w = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
+    return cases.Problem(module, [(torch.zeros(1, 1),)], lambda m, _: loss(m.w))
+
+
 def test_a_search_finds_an_eigenvalue_that_the_last_ritz_vector_is_blind_to() -> None:
     """The Hessian is diagonal, and the start vectors are eigenvectors of other eigenvalues."""
-    curvature = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
-    module = torch.nn.Module()
-    module.w = torch.nn.Parameter(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
-    problem = cases.Problem(module, [(torch.zeros(1, 1),)], lambda m, _: (curvature * m.w**2).sum() / 2)
-    tracker = SharpnessTracker()
+    curvature = torch.ones(3, dtype=torch.float64)
+    problem, tracker = of_weights([0.0, 1.0, 0.0], lambda w: (curvature * w**2).sum() / 2), SharpnessTracker()
     curvature[:] = torch.tensor([4.0, 2.0, 1.0])
     assert measure(tracker, problem).lambda_max == pytest.approx(4.0)
     curvature[:] = torch.tensor([4.0, 2.0, 9.0])
@@ -110,21 +109,12 @@ def test_a_search_finds_an_eigenvalue_that_the_last_ritz_vector_is_blind_to() ->
     assert measure(tracker, problem).lambda_max == pytest.approx(9.0)
 
 
-def test_at_a_stationary_point_there_is_no_batch_sharpness() -> None:
-    module = torch.nn.Module()
-    module.w = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    problem = cases.Problem(module, [(torch.zeros(1, 1),)], lambda m, _: (m.w**2).sum())
-    found = measure(SharpnessTracker(), problem)
+def test_at_a_stationary_point_there_is_no_batch_sharpness_and_without_a_gradient_an_error() -> None:
+    found = measure(SharpnessTracker(), of_weights([0.0] * 3, lambda w: (w**2).sum()))
     assert found.batch_sharpness is None
     assert found.lambda_max == pytest.approx(2.0)
-
-
-def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    module = torch.nn.Module()
-    module.w = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    problem = cases.Problem(module, [(torch.zeros(1, 1),)], lambda m, _: (m.w**2).sum().sqrt())
     with pytest.raises(ArithmeticError, match="NaN or infinite"):
-        measure(SharpnessTracker(), problem)
+        measure(SharpnessTracker(), of_weights([0.0] * 3, lambda w: (w**2).sum().sqrt()))
 
 
 def test_several_ranks_find_what_one_finds() -> None:

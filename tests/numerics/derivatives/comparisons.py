@@ -1,7 +1,5 @@
 """Comparisons that the tests of derivatives share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Attention in long contexts has the derivatives of its formula, and no matrix of all scores."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,25 +14,18 @@ from torch.nn.attention.bias import causal_lower_right
 from lightning_hesd.numerics.derivatives import attention as module_under_test
 from lightning_hesd.numerics.derivatives import fast_derivatives
 from lightning_hesd.numerics.derivatives.replacements import Replacements
-from tests.numerics.derivatives.comparisons import (
-    assert_equal_to_rounding,
-    assert_error_of_pytorch,
-    assert_same_nodes,
-    jacobian,
-    memory_of_a_product,
-)
+from tests.numerics.derivatives import comparisons
+from tests.numerics.derivatives.comparisons import assert_equal_to_rounding
 
 QUERIES, KEYS = 5, 6
 SOME = torch.tensor([1, 0, 1, 1, 0, 1]).bool() | torch.eye(QUERIES, KEYS).bool()
 NONE_FOR_ONE = SOME & (torch.arange(QUERIES) != 3).unsqueeze(1)
 NUMBERS = torch.linspace(-1, 2, QUERIES * KEYS).view(QUERIES, KEYS).double()
 
-Shape = tuple[int, ...]
+THREE = ((2, 5, 2), (2, 6, 2), (2, 6, 3))
+FOUR = ((2, 2, 5, 2), (2, 2, 6, 2), (2, 2, 6, 3))
 
-THREE: tuple[Shape, Shape, Shape] = ((2, 5, 2), (2, 6, 2), (2, 6, 3))
-FOUR: tuple[Shape, Shape, Shape] = ((2, 2, 5, 2), (2, 2, 6, 2), (2, 2, 6, 3))
-
-CASES: dict[str, tuple[Shape, Shape, Shape, dict[str, Any]]] = {
+CASES: dict[str, tuple[Any, ...]] = {
     "one head": ((5, 2), (6, 2), (6, 3), {"scale": 0.3}),
     "heads that broadcast": ((2, 1, 5, 2), (1, 3, 6, 2), (3, 6, 3), {}),
     "causal, more keys": (*THREE, {"is_causal": True}),
@@ -46,9 +37,7 @@ CASES: dict[str, tuple[Shape, Shape, Shape, dict[str, Any]]] = {
     "added infinities": (*THREE, {"attn_mask": NUMBERS.masked_fill(~NONE_FOR_ONE, -torch.inf)}),
     "grouped": ((1, 4, 5, 2), (1, 2, 6, 2), (1, 2, 6, 3), {"enable_gqa": True}),
     "grouped, mask": (
-        (4, 5, 2),
-        (2, 6, 2),
-        (2, 6, 3),
+        *((4, 5, 2), (2, 6, 2), (2, 6, 3)),
         {"enable_gqa": True, "attn_mask": SOME | (torch.arange(4) == 1)[:, None, None]},
     ),
 }
@@ -72,16 +61,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def written_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def written_out(q, k, v, attn_mask=None, *, is_causal=False, scale=None, enable_gqa=False):
     """Return softmax(scale · q kᵀ + mask) v, from exponentials; zeros where all is masked."""
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for x in (k, v))
@@ -94,7 +74,7 @@ def written_out(
     return torch.einsum("...ij,...jd->...id", exponentials / total.where(total > 0, 1), v)
 
 
-def drawn(*shapes: Shape) -> list[Tensor]:
+def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
@@ -174,7 +154,7 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
     "no gradient": lambda x: F.scaled_dot_product_attention(x.detach(), x.detach(), x.detach()),
     "a kind of mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=causal_lower_right(5, 5)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -203,7 +183,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 def test_wrong_arguments_meet_the_error_of_pytorch(name: str, made: list[str]) -> None:
     (x,) = drawn((4, 5, 2))
     with sdpa_kernel(SDPBackend.MATH):
-        assert_error_of_pytorch(lambda: WRONG[name](x))
+        comparisons.assert_error_of_pytorch(lambda: WRONG[name](x))
     assert not made
 
 
@@ -212,11 +192,11 @@ def test_a_loss_with_derivatives_along_many_directions_at_once(how: str, made: l
     def loss(net: nn.Module, x: Tensor, how: str) -> Tensor:
         h = net(x)
         y = F.scaled_dot_product_attention(h, h, h)
-        return y.square().mean() + jacobian(y, h, how).square().sum()
+        return y.square().mean() + comparisons.jacobian(y, h, how).square().sum()
 
     torch.manual_seed(0)
     net, x = nn.Linear(2, 2).double(), torch.randn(1, 3, 2).double()
-    assert_same_nodes(net, x, [functools.partial(loss, how=way) for way in (how, "one by one")], steps=2)
+    comparisons.assert_same_nodes(net, x, [functools.partial(loss, how=way) for way in (how, "one by one")], steps=2)
     assert made
 
 
@@ -242,13 +222,13 @@ def test_memory_is_linear_in_the_context(causal: bool, penalty: bool, monkeypatc
 
     def loss() -> Tensor:
         with Replacements():
-            value: Tensor = net(x)
+            value = net(x)
             if penalty:
                 slopes = torch.autograd.grad(value, list(net.parameters()), create_graph=True)
                 value = value + torch.stack([s.square().sum() for s in slopes]).sum()
         return value
 
-    building, multiplying = memory_of_a_product(loss, list(net.parameters()))
+    building, multiplying = comparisons.memory_of_a_product(loss, list(net.parameters()))
     assert building.live < (90 if penalty else 40) * tokens
     assert max(building.peak - building.live, multiplying.peak) < 0.8 * scores
 

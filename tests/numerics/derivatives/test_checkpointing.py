@@ -1,7 +1,5 @@
 """Checkpointed regions give the spectra of the same networks without checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading
@@ -25,6 +23,7 @@ from lightning_hesd.numerics.derivatives import fast_derivatives
 from lightning_hesd.numerics.derivatives.checkpointing import kept_activations, recomputed_under
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.spectra.spectrum import Spectrum
+from tests.numerics.derivatives.comparisons import assert_same_nodes
 
 Region = Callable[[Tensor], Tensor]
 Run = Callable[[Region, Region, Tensor], Tensor]
@@ -39,13 +38,11 @@ def nested(*, outer: bool, inner: bool) -> Run:
     return lambda first, second, h: checkpoint(lambda h: inside(first, second, h), h, use_reentrant=outer)
 
 
-def nested_by_closure(first: Region, second: Region, h: Tensor) -> Tensor:
+def nested_by_closure(first: Region, second: Region, h: Tensor) -> Any:
     def inside(h: Tensor) -> Tensor:
-        result: Tensor = second(checkpoint(lambda: first(h), use_reentrant=True))
-        return result
+        return second(checkpoint(lambda: first(h), use_reentrant=True))
 
-    outside: Tensor = checkpoint(inside, h, use_reentrant=False)
-    return outside
+    return checkpoint(inside, h, use_reentrant=False)
 
 
 def selective() -> Any:
@@ -56,9 +53,8 @@ def selective() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def in_sequence(first: Any, second: Any, h: Tensor, *, reentrant: bool) -> Tensor:
-    result: Tensor = checkpoint_sequential(nn.Sequential(first, second), 2, h, use_reentrant=reentrant)
-    return result
+def in_sequence(first: Any, second: Any, h: Tensor, *, reentrant: bool) -> Any:
+    return checkpoint_sequential(nn.Sequential(first, second), 2, h, use_reentrant=reentrant)
 
 
 WAYS: dict[str, Run] = {
@@ -80,40 +76,31 @@ WAYS: dict[str, Run] = {
 }
 
 
-class Mixing(nn.Conv1d):
-    """A convolution over the features."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, None])[:, 0]
+def region() -> nn.Module:
+    """Operations that are replaced, and dropout."""
+    mixing = nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 3, padding=1), nn.Flatten()
+    return nn.Sequential(weight_norm(nn.Linear(4, 4)), *mixing, nn.GELU(), nn.Dropout(0.2))
 
 
 class Net(nn.Module):
-    """Two regions with operations that are replaced, and dropout, between two layers."""
+    """Two regions between two layers."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last, self.way = nn.Linear(3, 4), nn.Linear(4, 1), way
-        self.regions = nn.ModuleList(
-            nn.Sequential(weight_norm(nn.Linear(4, 4)), Mixing(), nn.GELU(), nn.Dropout(0.2)) for _ in range(2)
-        )
+        self.regions = nn.ModuleList([region(), region()])
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.regions
-        result: Tensor = self.last(WAYS[self.way](first, second, self.first(x)))
-        return result
+        return self.last(WAYS[self.way](*self.regions, self.first(x)))
 
 
 def spectrum(way: str, **options: Any) -> Spectrum:
     torch.manual_seed(0)
+    options = {"steps": 4, "mode": "train", **options}
     batches = [torch.randn(4, 3).double() for _ in range(2)]
-    return hessian_spectrum(
-        Net(way), batches, lambda net, x: (net(x) - 1).square().mean(), steps=4, mode="train", **options
-    )
+    return hessian_spectrum(Net(way), batches, lambda net, x: (net(x) - 1).square().mean(), **options)
 
 
 @functools.cache
@@ -138,16 +125,11 @@ def test_spectrum_is_that_without_checkpoints(way: str, strategy: Any) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_region_whose_input_needs_no_gradient(reentrant: bool) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
-    torch.manual_seed(0)
-    x = torch.randn(6, 3).double()
-    found = [
-        hessian_spectrum(net, [x], loss, steps=5).nodes
-        for loss in (
-            lambda net, x: net(x).square().mean(),
-            lambda net, x: checkpoint(net, x, use_reentrant=reentrant).square().mean(),
-        )
-    ]
-    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-10, atol=1e-10)
+    losses = (
+        lambda net, x: net(x).square().mean(),
+        lambda net, x: checkpoint(net, x, use_reentrant=reentrant).square().mean(),
+    )
+    assert_same_nodes(net, torch.randn(6, 3).double(), losses, steps=5)
 
 
 def test_recomputation_has_the_replacements_in_other_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,10 @@
 """Higher-order operations have the derivatives of the loops and branches that they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.derivatives import control_flow
 from lightning_hesd.numerics.derivatives.replacements import Replacements
+from tests.numerics.derivatives.comparisons import assert_same_nodes
 
 Function = Callable[[Any, Tensor], Tensor]
 
@@ -45,8 +45,7 @@ def by_scan(net: Any, x: Tensor) -> Tensor:
     def step(carry: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         return carry / 2 + net.layer(row).tanh(), (carry * net.scale).sin()
 
-    result: Tensor = scan(step, torch.zeros_like(x[0]), x)[1]
-    return result
+    return scan(step, torch.zeros_like(x[0]), x)[1]
 
 
 def by_nested_scan(net: Any, x: Tensor) -> Tensor:
@@ -54,8 +53,7 @@ def by_nested_scan(net: Any, x: Tensor) -> Tensor:
         return {"c": carry["c"] / 2 + net.layer(row).tanh()}, [(carry["c"] * net.scale).sin()]
 
     carry, [outputs] = scan(step, {"c": torch.zeros_like(x[0])}, x, reverse=True)
-    result: Tensor = outputs.flip(0) + carry["c"]
-    return result
+    return outputs.flip(0) + carry["c"]
 
 
 def branches(net: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -64,8 +62,7 @@ def branches(net: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], T
 
 def attention(net: Any, x: Tensor, **mask: Any) -> Tensor:
     heads = x.expand(1, 2, 5, 3)
-    result: Tensor = flex_attention(heads, heads, heads, score_mod=lambda s, _, h, *__: s * net.bias[h], **mask)
-    return result
+    return flex_attention(heads, heads, heads, score_mod=lambda s, _, h, *__: s * net.bias[h], **mask)
 
 
 def plain_attention(net: Any, x: Tensor, *, causal: bool) -> Tensor:
@@ -138,26 +135,20 @@ def test_spectrum_is_that_of_the_function_written_out(name: str, strategy: Any) 
     ]
     assert [spectrum.verified for spectrum in found] == ["yes", "yes"]
     assert found[1].lambda_max > 0.01
-    nodes = [torch.tensor(spectrum.nodes) for spectrum in found]
-    torch.testing.assert_close(*nodes, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(*(spectrum.nodes for spectrum in found), rtol=1e-6, atol=1e-6)
 
 
 def test_gradient_penalties() -> None:
-    found = [
-        hessian_spectrum(Net(), [X], partial(penalty, function), steps=6, strategy="graph").nodes
-        for function in PAIRS["scan"]
-    ]
-    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-9, atol=1e-9)
+    assert_same_nodes(Net(), X, [partial(penalty, function) for function in PAIRS["scan"]], steps=6)
 
 
 def test_associative_scan_as_accelerators_are_given_it() -> None:
     def combine(a: Tensor, b: Tensor) -> list[Tensor]:
         return [a * b]
 
-    (found,) = control_flow._EAGER["associative_scan"](combine, [X], ())
-    torch.testing.assert_close(found, X.cumprod(0))
-    (one,) = control_flow._EAGER["associative_scan"](combine, [X[:1]], ())
-    torch.testing.assert_close(one, X[:1])
+    for x in (X, X[:1]):
+        (found,) = control_flow._EAGER["associative_scan"](combine, [x], ())
+        torch.testing.assert_close(found, x.cumprod(0))
 
 
 def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

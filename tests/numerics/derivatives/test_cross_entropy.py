@@ -1,7 +1,5 @@
 """The cross-entropy of labels has the derivatives that PyTorch's has, and one tensor of the logits' size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +10,8 @@ from torch import Tensor, nn
 
 from lightning_hesd.numerics.derivatives import cross_entropy as module_under_test
 from lightning_hesd.numerics.derivatives.replacements import Replacements
-from tests.numerics.derivatives.comparisons import (
-    assert_equal_to_rounding,
-    assert_error_of_pytorch,
-    memory_of_a_product,
-)
+from tests.numerics.derivatives import comparisons
+from tests.numerics.derivatives.comparisons import assert_equal_to_rounding
 
 CLASSES = 4
 
@@ -181,39 +176,23 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_meet_the_error_of_pytorch(name: str, made: list[str]) -> None:
     z = torch.randn(2, CLASSES, requires_grad=True)
-    assert_error_of_pytorch(lambda: WRONG[name](z))
+    comparisons.assert_error_of_pytorch(lambda: WRONG[name](z))
     assert not made
 
 
-class Model(nn.Module):
-    def __init__(self, classes: int, width: int = 4) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.words, self.head = nn.Embedding(classes, width), nn.Linear(width, classes, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.words(ids))
-        return logits
-
-
-USES: dict[str, Callable[[Model, Tensor], Tensor]] = {
-    "layer": lambda net, ids: F.cross_entropy(net(ids).flatten(0, 1), ids[0]),
-    "sequences": lambda net, ids: F.cross_entropy(net(ids).mT, ids),
-}
-
-
-@pytest.mark.parametrize("use", USES)
-def test_memory_of_a_product(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sequences", [False, True])
+def test_memory_of_a_product(sequences: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "_CHUNK", 2**16)
     vocabulary, context = 20_000, 256
-    net, ids = Model(vocabulary), torch.randint(vocabulary, (1, context))
+    layers = nn.Embedding(vocabulary, 4), nn.Linear(4, vocabulary, bias=False)
+    net, ids = nn.Sequential(*layers), torch.randint(vocabulary, (1, context))
     logits = 4 * context * vocabulary
 
     def loss() -> Tensor:
         with Replacements():
-            return USES[use](net, ids)
+            return F.cross_entropy(net(ids).mT, ids) if sequences else F.cross_entropy(net(ids).flatten(0, 1), ids[0])
 
-    building, multiplying = memory_of_a_product(loss, list(net.parameters()))
+    building, multiplying = comparisons.memory_of_a_product(loss, list(net.parameters()))
     assert building.live < 1.1 * logits  # the gradient on the logits
     assert building.peak < 2.3 * logits
     assert multiplying.peak < 2.3 * logits  # the derivatives of the logits and of their gradient

@@ -1,7 +1,5 @@
 """Replaced operations give the values and derivatives that PyTorch's own give."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +51,7 @@ STATISTICS = torch.tensor([0.5, -1.0, 2.0, 0.0]).double(), torch.tensor([1.0, 2.
 
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "convolution": (lambda x, w, b: F.conv2d(x, w, b, padding=1), [(2, 2, 3, 3), (2, 2, 3, 3), (2,)]),
-    "batch norm": (lambda x, w, b: F.batch_norm(x, *STATISTICS, w, b), [(3, 4, 2), (4,), (4,)]),
+    "batch norm": (lambda x, w, b: F.batch_norm(x, *STATISTICS, w, b), [(2, 4, 2, 2), (4,), (4,)]),
     "batch norm without bias": (lambda x, w: F.batch_norm(x, *STATISTICS, w), [(3, 4, 2), (4,)]),
     "batch norm without weight": (lambda x, b: F.batch_norm(x, *STATISTICS, None, b), [(3, 4, 2), (4,)]),
     "batch norm without parameters": (lambda x: F.batch_norm(x, *STATISTICS), [(3, 4, 2)]),
@@ -100,9 +98,7 @@ def test_hessian_of_a_loss_that_holds_derivatives(name: str, replaced: list[str]
     with Replacements():
         here = penalty_hessian_product()
     assert replaced
-    there = penalty_hessian_product()
-    for mine, theirs in zip(here, there, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(here, penalty_hessian_product(), rtol=1e-10, atol=1e-10)
 
 
 def arranged(shape: tuple[int, ...], how: str) -> Tensor:
@@ -122,22 +118,11 @@ def arranged(shape: tuple[int, ...], how: str) -> Tensor:
     return numbers[:0].view(0, *shape[1:])
 
 
-ARRANGED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    "convolution": (lambda x, w: F.conv2d(x, w, padding=1), ((2, 3, 4, 4), (2, 3, 3, 3))),
-    "batch norm": (
-        lambda x: F.batch_norm(x, torch.zeros(3).double(), torch.ones(3).double(), torch.ones(3).double()),
-        ((2, 3, 4, 4),),
-    ),
-}
-
-
 @pytest.mark.parametrize("how", ["channels last", "transposed", "strided", "overlapping", "expanded", "empty"])
-@pytest.mark.parametrize("name", ARRANGED)
+@pytest.mark.parametrize("name", ["convolution", "batch norm"])
 @pytest.mark.usefixtures("replaced")
 def test_inputs_may_have_any_memory_layout(name: str, how: str) -> None:
-    operation, (shape, *others) = ARRANGED[name]
-    if how == "channels last" and len(shape) != 4:
-        return
+    operation, (shape, *others) = OPERATIONS[name]
     torch.manual_seed(0)
     inputs = [arranged(shape, how), *(normal(*other) for other in others)]
     found = []
@@ -147,8 +132,7 @@ def test_inputs_may_have_any_memory_layout(name: str, how: str) -> None:
         gradients = torch.autograd.grad(result.pow(3).sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.sin().sum() for g in gradients), inputs, materialize_grads=True)
         found.append([result, *gradients, *second])
-    for here, there in zip(*found, strict=True):
-        torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
     assert found[0][0].stride() == found[1][0].stride()
 
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import Tensor
 
@@ -5,7 +6,7 @@ from lightning_hesd.numerics.derivatives.graph_cuts import GraphCuts
 
 
 def leaf() -> Tensor:
-    return torch.rand(3, dtype=torch.float64).requires_grad_()
+    return torch.rand(4, dtype=torch.float64).requires_grad_()
 
 
 def test_the_cut_is_the_first_tensor_that_all_paths_join_in():
@@ -20,17 +21,12 @@ def test_the_cut_is_the_first_tensor_that_all_paths_join_in():
     assert cuts.common([cuts.after([w]), cuts.after([b])]).node is inner.grad_fn
 
 
-def test_a_shared_parameter_is_cut_after_its_last_use():
+@pytest.mark.parametrize(
+    "function", [lambda w: (w * 2) * w, lambda w: torch.mul(*w.chunk(2))], ids=["shared", "in pieces"]
+)
+def test_a_parameter_is_cut_after_its_last_use(function):
     w = leaf()
-    first = w * 2
-    second = first * w
-    assert GraphCuts(second.sum()).after([w]).node is second.grad_fn
-
-
-def test_a_tensor_in_several_pieces_is_no_cut():
-    w = torch.rand(4, dtype=torch.float64).requires_grad_()
-    pieces = w.chunk(2)
-    joined = pieces[0] * pieces[1]
+    joined = function(w)
     assert GraphCuts(joined.sum()).after([w]).node is joined.grad_fn
 
 

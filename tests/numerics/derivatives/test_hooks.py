@@ -13,15 +13,14 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
 
 from lightning_hesd import Spectrum, hessian_spectrum
+from tests import cases
 
 STEPS = 12
 Batch = tuple[Tensor, Tensor]
 
 
 def make_net() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)]).double()
+    return cases.seeded(lambda: nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)])).double()
 
 
 def make_batch() -> Batch:
@@ -45,9 +44,8 @@ def of_plain() -> Spectrum:
 
 def assert_same(found: Spectrum, expected: Spectrum) -> None:
     slack = 2 * (found.rounding + expected.rounding)
-    np.testing.assert_allclose(
-        [found.lambda_min, found.lambda_max], [expected.lambda_min, expected.lambda_max], 0, slack
-    )
+    extremes = [expected.lambda_min, expected.lambda_max]
+    np.testing.assert_allclose([found.lambda_min, found.lambda_max], extremes, rtol=0, atol=slack)
     assert found.verified == "yes", found.verification
 
 
@@ -57,18 +55,6 @@ def clip(gradient: Tensor) -> Tensor:
 
 def shrink(gradients: tuple[Tensor, ...], *_: Any) -> tuple[Any, ...]:
     return tuple(None if g is None else 0.1 * g for g in gradients)
-
-
-class Identity(torch.autograd.Function):
-    """A function whose node is one of Python."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 # In the loss ----------------------------------------------------------------------------------------------------------
@@ -88,7 +74,10 @@ IN_THE_LOSS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("wrap", [lambda h: h, Identity.apply], ids=["PyTorch's node", "a node of Python"])
+IDENTITY = cases.custom("Identity", lambda x: (x.clone(),), lambda gradient: gradient)
+
+
+@pytest.mark.parametrize("wrap", [lambda h: h, IDENTITY], ids=["PyTorch's node", "a node of Python"])
 @pytest.mark.parametrize("kind", IN_THE_LOSS)
 def test_hooks_that_the_loss_registers_are_passed_by(kind, wrap):
     def loss(net: Any, batch: Batch) -> Tensor:
@@ -163,14 +152,6 @@ def test_a_loss_may_catch_gradients_by_hooks():
 # Before the analysis --------------------------------------------------------------------------------------------------
 
 
-def on_modules(register: str, hook: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda net: getattr(net[1], register)(hook)
-
-
-def on_a_parameter(register: str, hook: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda net: getattr(net[0].weight, register)(hook)
-
-
 def on_accumulating_node(net: Any) -> Any:
     """As DistributedDataParallel does."""
     weight = net[0].weight
@@ -179,13 +160,13 @@ def on_accumulating_node(net: Any) -> Any:
 
 
 BEFORE: dict[str, Callable[[Any], Any]] = {
-    "after a module": on_modules("register_full_backward_hook", lambda _, inputs, __: shrink(inputs)),
-    "before a module": on_modules("register_full_backward_pre_hook", lambda _, outputs: shrink(outputs)),
-    "after a module, old": on_modules("register_backward_hook", lambda *_: None),
+    "after a module": lambda net: net[1].register_full_backward_hook(lambda _, inputs, __: shrink(inputs)),
+    "before a module": lambda net: net[1].register_full_backward_pre_hook(lambda _, outputs: shrink(outputs)),
+    "after a module, old": lambda net: net[1].register_backward_hook(lambda *_: None),
     "after all modules": lambda _: register_module_full_backward_hook(lambda _, inputs, __: shrink(inputs)),
     "before all modules": lambda _: register_module_full_backward_pre_hook(lambda _, outputs: shrink(outputs)),
-    "on a parameter": on_a_parameter("register_hook", clip),
-    "after accumulation": on_a_parameter("register_post_accumulate_grad_hook", fail),
+    "on a parameter": lambda net: net[0].weight.register_hook(clip),
+    "after accumulation": lambda net: net[0].weight.register_post_accumulate_grad_hook(fail),
     "on an accumulating node": on_accumulating_node,
 }
 
@@ -221,23 +202,17 @@ def test_all_hooks_act_again_afterwards():
 # Backward passes that go on by themselves -----------------------------------------------------------------------------
 
 
-class Reversible(torch.autograd.Function):
+def reversible(f: nn.Module) -> Callable[..., Tensor]:
     """x + f(x), whose backward pass evaluates f anew, and adds to the gradients of its parameters by itself."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, f: nn.Module) -> Tensor:
-        ctx.f = f
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return x + f(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_()
+    def backward(gradient: Tensor, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
         with torch.enable_grad():
-            y = ctx.f(x)
+            y = f(x)
         torch.autograd.backward(y, gradient.detach())
-        return gradient + x.grad, None
+        return gradient + x.grad
+
+    return cases.custom("Reversible", lambda x: (x + f(x), x), backward)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
@@ -255,7 +230,7 @@ def test_no_optimizer_steps_in_an_analysis(strategy):
         p.register_post_accumulate_grad_hook(step)
 
     def loss(net: Any, batch: Batch) -> Tensor:
-        return F.mse_loss(net[1](Reversible.apply(batch[0].requires_grad_(), net[0])), batch[1])
+        return F.mse_loss(net[1](reversible(net[0])(batch[0].requires_grad_())), batch[1])
 
     loss(net, make_batch()).backward()
     steps = [int(optimizer.state[p]["step"]) for p, optimizer in optimizers.items()]

@@ -1,7 +1,5 @@
 """Patches end in any order, and restore the attributes of before."""
 
-from __future__ import annotations
-
 import itertools
 from contextlib import ExitStack
 from typing import Any

@@ -1,7 +1,5 @@
 """Replacements that depend on the whole loss, or on other batches."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -28,37 +26,29 @@ IDS = [torch.tensor([[0, 1, 2], [4, 5, 5]]), torch.tensor([[2, 3, 1], [0, 0, 6]]
 class Words(nn.Module):
     """An embedding that is used in one of several ways, tied with the output layer."""
 
-    def __init__(self, way: str) -> None:
+    def __init__(self, way: str, max_norm: float | None = 0.7) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.way = way
+        self.way, self.max_norm = way, max_norm
         kind = nn.EmbeddingBag if way == "bag" else nn.Embedding
-        self.embedding = kind(9, 3, max_norm=0.7 if way in {"layer", "bag"} else None).double()
+        self.embedding = kind(9, 3, max_norm=max_norm if way in {"layer", "bag"} else None).double()
 
     @property
     def weight(self) -> Tensor:
-        weight = self.embedding.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.embedding.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.way == "function":
-            words = F.embedding(ids, self.weight, max_norm=0.7).sum(1)
-        elif self.way == "by hand":
-            torch.embedding_renorm_(self.weight.detach(), ids, 0.7, 2.0)
-            words = F.embedding(ids, self.weight).sum(1)
+            words = F.embedding(ids, self.weight, max_norm=self.max_norm).sum(1)
         else:
+            if self.way == "by hand" and self.max_norm:
+                torch.embedding_renorm_(self.weight.detach(), ids, self.max_norm, 2.0)
             words = self.embedding(ids) if self.way == "bag" else self.embedding(ids).sum(1)
         return words.tanh() @ self.weight.T
 
 
 def loss(net: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(net(ids), ids[:, 0])
-
-
-class Bag(Words):
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids).tanh() @ self.weight.T
 
 
 @pytest.mark.parametrize(
@@ -79,10 +69,7 @@ def test_embeddings_with_max_norm(way: str, strategy: Any) -> None:
 
 def _plain(way: str, batches: list[Tensor] = IDS) -> Words:
     """Return a network without `max_norm` whose rows that the batches use are within it."""
-    net = Bag("without") if way == "bag" else Words("without")
-    if way == "bag":
-        net.embedding = nn.EmbeddingBag(9, 3).double()
-    net.embedding.load_state_dict(Words(way).embedding.state_dict())
+    net = Words(way, None)
     used = torch.unique(torch.cat(batches))
     with torch.no_grad():
         net.weight[used] = torch.renorm(net.weight[used], 2, 0, 0.7)
@@ -94,10 +81,9 @@ def test_max_norm_with_layers_and_groups() -> None:
     found, expected = (layer_spectra(n, IDS, loss, steps=5)["embedding"] for n in (net, plain))
     assert found.lambda_max == pytest.approx(expected.lambda_max, rel=1e-6)
     batches = [torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0)), *IDS]
-    sampled = [
-        hessian_spectrum(n, batches, loss, steps=5, sampling_error=True) for n in (net, _plain("layer", batches))
-    ]
-    assert sampled[0].c_t_sampling_error == pytest.approx(sampled[1].c_t_sampling_error, rel=1e-4)
+    plain = _plain("layer", batches)
+    found, expected = (hessian_spectrum(n, batches, loss, steps=5, sampling_error=True) for n in (net, plain))
+    assert found.c_t_sampling_error == pytest.approx(expected.c_t_sampling_error, rel=1e-4)
 
 
 def test_several_ranks_with_max_norm_are_refused() -> None:
@@ -130,8 +116,7 @@ def test_a_loss_is_called_again_once_where_it_differentiates_a_norm(layer: Any, 
     def counted(net: nn.Module, x: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        result: Tensor = function(net, x)
-        return result
+        return function(net, x)
 
     with exact_mode(net) as isolation:
         evaluator = Evaluator(net, counted, analysis_options(), ParameterSharding(), isolation)

@@ -1,7 +1,5 @@
 """Networks of each kind, and what of them an analysis records."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import pytest
@@ -15,14 +13,6 @@ from tests import cases
 
 class SelfAttention(nn.Linear):
     """A layer that only its class calls attention."""
-
-
-class Position(nn.Module):
-    """A module that owns a parameter itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2))
 
 
 NETWORKS = {
@@ -44,7 +34,7 @@ NETWORKS = {
         nn.LSTM(2, 3),
         nn.Sequential(nn.Conv1d(1, 2, 3), nn.GRUCell(2, 2)),
         nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 1)),
-        nn.Sequential(nn.Linear(2, 2), Position()),
+        nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(2)])),
     ],
 }
 
@@ -57,12 +47,9 @@ def test_the_kind_of_a_network(kind: str, net: nn.Module) -> None:
 
 def test_an_analysis_records_it() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
-    batches = [(torch.randn(8, 2), torch.randn(8, 1))]
-
-    assert hessian_spectrum(net, batches, cases.squared_error, steps=3).architecture == "perceptron"
-    assert layer_spectra(net, batches, cases.squared_error, steps=2)["0"].architecture == "part"
-    net[0].requires_grad_(requires_grad=False)
-    assert hessian_spectrum(net, batches, cases.squared_error, steps=3).architecture == "part"
-    assert (
-        hessian_spectrum(net, batches, cases.squared_error, steps=3, include_frozen=True).architecture == "perceptron"
-    )
+    problem = net, [(torch.randn(8, 2), torch.randn(8, 1))], cases.squared_error
+    assert hessian_spectrum(*problem, steps=3).architecture == "perceptron"
+    assert layer_spectra(*problem, steps=2)["0"].architecture == "part"
+    net[0].requires_grad_(False)
+    assert hessian_spectrum(*problem, steps=3).architecture == "part"
+    assert hessian_spectrum(*problem, steps=3, include_frozen=True).architecture == "perceptron"

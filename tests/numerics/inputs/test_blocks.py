@@ -1,7 +1,6 @@
 """Which parameters make up a block, and the spectra of blocks against dense diagonal blocks."""
 
-from __future__ import annotations
-
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -22,40 +21,26 @@ def names(module: nn.Module, layers: Any = None) -> dict[str, list[str]]:
     return {block: [of[p] for p in parameters] for block, parameters in blocks(module, layers, analyzed).items()}
 
 
-class SharedTwice(nn.Module):
-    """One layer that is applied twice, and stands under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.again = self.first
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.again(self.first(x).tanh()).tanh())
-
-
 def shared_twice() -> cases.Problem:
+    """One layer that is applied twice, and stands under two names."""
     torch.manual_seed(0)
     batches = [(torch.randn(size, 4).double(), torch.randint(3, (size,))) for size in (5, 3)]
-    return cases.Problem(SharedTwice().double(), batches, cases.cross_entropy)
+    first = nn.Linear(4, 4)
+    layers = {"first": first, "tanh": nn.Tanh(), "again": first, "tanh again": nn.Tanh(), "last": nn.Linear(4, 3)}
+    return cases.Problem(nn.Sequential(OrderedDict(layers)).double(), batches, cases.cross_entropy)
 
 
 class TestFunctionalBlocks:
-    def test_convolution_and_its_norm_are_one(self):
+    def test_convolution_and_its_norm_are_one_so_that_resnet20_has_a_block_for_each_of_its_layers(self):
         module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
         assert names(module) == {"0": ["0.weight", "0.bias", "1.weight", "1.bias"], "4": ["4.weight", "4.bias"]}
-
-    def test_resnet20_has_a_block_for_each_of_its_layers(self):
         found = names(resnet20())
         assert len(found) == 20
         assert found["3.body.0"] == ["3.body.0.weight", "3.body.1.weight", "3.body.1.bias"]
 
-    def test_a_norm_of_other_features_stands_alone(self):
+    def test_norms_of_other_features_and_layer_norms_whose_place_is_not_known_stand_alone(self):
         module = nn.Sequential(nn.Flatten(), nn.Linear(2, 3), nn.Unflatten(1, (1, 3)), nn.BatchNorm1d(1))
         assert list(names(module)) == ["1", "3"]
-
-    def test_layer_norms_stand_alone_unless_their_place_is_known(self):
         encoder = nn.TransformerEncoderLayer(4, 2, 8)
         assert list(names(encoder)) == ["self_attn", "linear1", "linear2", "norm1", "norm2"]
         assert len(names(encoder)["self_attn"]) == 4
@@ -63,28 +48,19 @@ class TestFunctionalBlocks:
         assert {name: len(own) for name, own in names(module).items()} == {"0": 2, "1": 4, "4": 2}
 
     def test_attention_and_mlp_are_one_by_the_names_of_their_classes(self):
-        class MLP(nn.Sequential):
-            pass
-
-        class CausalSelfAttention(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
-
-        module = nn.ModuleDict({"attn": CausalSelfAttention(), "mlp": MLP(nn.Linear(4, 8), nn.Linear(8, 4))})
+        attention, mlp = (type(name, (nn.Sequential,), {}) for name in ("CausalSelfAttention", "MLP"))
+        of_attention = attention(nn.Linear(4, 12), nn.Linear(4, 4))
+        module = nn.ModuleDict({"attn": of_attention, "mlp": mlp(nn.Linear(4, 8), nn.Linear(8, 4))})
         assert {name: len(own) for name, own in names(module).items()} == {"attn": 4, "mlp": 4}
 
     def test_parameters_of_the_network_itself(self):
-        class Own(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
-                self.inner = nn.Linear(2, 2)
-
-        assert list(names(Own())) == ["scale", "shift", "inner"]
+        module = nn.ModuleDict({"inner": nn.Linear(2, 2)})
+        module.scale, module.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+        assert list(names(module)) == ["scale", "shift", "inner"]
 
     def test_shared_parameters_belong_to_the_first(self):
-        assert names(SharedTwice()) == {"first": ["first.weight", "first.bias"], "last": ["last.weight", "last.bias"]}
+        expected = {layer: [f"{layer}.weight", f"{layer}.bias"] for layer in ("first", "last")}
+        assert names(shared_twice().module) == expected
         tied = cases.make("tied").module
         assert names(tied) == {"embedding": ["embedding.weight"], "mix": ["mix.weight", "mix.bias"]}
         assert names(tied, ["output"]) == {"output": ["embedding.weight"]}
@@ -176,15 +152,11 @@ def test_blocks_stop_when_they_are_done():
     module = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 2)).double()
     batch = (torch.randn(40, 6).double(), torch.randint(2, (40,)))
     spectra = layer_spectra(module, [batch], cases.cross_entropy, steps=100, tolerance=0.01, strategy="graph")
-    first, last = spectra.values()
-    assert first.converged
-    assert last.converged
-    assert first.steps != last.steps
+    assert len({spectrum.steps for spectrum in spectra.values()}) == 2
     for name, spectrum in spectra.items():
-        own = [f"{name}.weight", f"{name}.bias"]
-        alone = hessian_spectrum(
-            module, [batch], cases.cross_entropy, steps=100, tolerance=0.01, parameters=lambda n, p, own=own: n in own
-        )
+        assert spectrum.converged
+        options = {"steps": 100, "tolerance": 0.01, "parameters": lambda n, p, own=name: n.startswith(own)}
+        alone = hessian_spectrum(module, [batch], cases.cross_entropy, **options)
         assert spectrum.steps == alone.steps
         np.testing.assert_allclose(spectrum.nodes, alone.nodes, rtol=0, atol=1e-12)
 
@@ -208,10 +180,8 @@ def test_every_option_does_for_blocks_what_it_does_for_all(options):
         options = {"preconditioner": {n: 0.5 + torch.rand_like(p) for n, p in module.named_parameters()}}
     spectra = layer_spectra(module, batches, cases.cross_entropy, steps=10, **options)
     for name, spectrum in spectra.items():
-        alone = hessian_spectrum(
-            module, batches, cases.cross_entropy, steps=10, parameters=lambda n, p, own=name: n.startswith(own),
-            **options,
-        )  # fmt: skip
+        chosen = {"parameters": lambda n, p, own=name: n.startswith(own), **options}
+        alone = hessian_spectrum(module, batches, cases.cross_entropy, steps=10, **chosen)
         tolerance = 1e-6 if options.get("strategy") else 1e-11
         np.testing.assert_allclose(spectrum.nodes, alone.nodes, rtol=0, atol=tolerance)
         assert (spectrum.c_t_sampling_error is None) == (alone.c_t_sampling_error is None)

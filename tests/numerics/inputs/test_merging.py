@@ -1,7 +1,5 @@
 """Merging of batches: what is merged into which structure, and what is refused."""
 
-from __future__ import annotations
-
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +21,9 @@ def batches(*data: Any, sizes: tuple[int, ...] = (2, 3)) -> list[WeightedBatch]:
 
 
 def test_samples_are_concatenated_in_the_structure_of_the_batch() -> None:
-    first = {"pair": Pair(torch.zeros(2, 4), torch.tensor([0, 1])), "scale": 0.5, "name": "a", "rest": [torch.ones(2)]}
-    second = {
-        "pair": Pair(torch.ones(3, 4), torch.tensor([2, 3, 4])),
-        "scale": 0.5,
-        "name": "a",
-        "rest": [torch.ones(3)],
-    }
-    whole = merged(batches(first, second))
+    pairs = Pair(torch.zeros(2, 4), torch.arange(2)), Pair(torch.ones(3, 4), torch.arange(2, 5))
+    given = [{"pair": pair, "scale": 0.5, "name": "a", "rest": [torch.ones(len(pair.x))]} for pair in pairs]
+    whole = merged(batches(*given))
     assert isinstance(whole.data["pair"], Pair)
     assert whole.data["pair"].label.tolist() == [0, 1, 2, 3, 4]
     assert whole.data["pair"].x.sum() == 12
@@ -39,25 +32,22 @@ def test_samples_are_concatenated_in_the_structure_of_the_batch() -> None:
     assert (whole.weight, whole.num_samples, whole.index, whole.position) == (50.0, 5.0, 0, 5)
 
 
-def test_rows_of_samples_are_concatenated() -> None:
-    """As the labels of all tokens, in one row."""
+def test_rows_of_samples_are_concatenated_and_common_tensors_must_be_equal() -> None:
+    """Rows as the labels of all tokens."""
     whole = merged(batches([torch.zeros(2, 4), torch.arange(8)], [torch.zeros(3, 4), torch.arange(12)]))
     assert whole.data[1].tolist() == [*range(8), *range(12)]
     with pytest.raises(UnmergeableBatchesError, match="neither of samples nor equal"):
         merged(batches([torch.zeros(2, 4), torch.arange(8)], [torch.zeros(3, 4), torch.arange(1, 9)]))
-
-
-def test_one_batch_stays_itself() -> None:
-    [batch] = batches([object()], sizes=(2,))
-    assert merged([batch]) is batch
-
-
-def test_tensors_that_are_common_to_the_samples_must_be_equal() -> None:
     common = torch.ones(7)
     whole = merged(batches([torch.zeros(2), common], [torch.zeros(3), common.clone()]))
     assert whole.data[1].tolist() == common.tolist()
     with pytest.raises(UnmergeableBatchesError, match="neither of samples nor equal"):
         merged(batches([torch.zeros(2), common], [torch.zeros(3), 2 * common]))
+
+
+def test_one_batch_stays_itself() -> None:
+    [batch] = batches([object()], sizes=(2,))
+    assert merged([batch]) is batch
 
 
 @dataclass(frozen=True)

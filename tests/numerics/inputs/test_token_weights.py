@@ -131,8 +131,7 @@ class TestTokens:
             hessian_spectrum(module, [nothing], with_labels, batch_weight="tokens")
 
     def test_of_groups_of_samples(self):
-        lengths = [2 + i * 5 % 11 for i in range(16)]
-        module, batch = Table(causal=True), padded(tuple(lengths), 5)
+        module, batch = Table(causal=True), padded(tuple(2 + i * 5 % 11 for i in range(16)), 5)
         whole = hessian_spectrum(module, [batch], with_labels, steps=25, batch_weight="tokens", sampling_error=True)
         rows = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(16)]
         weights = {"steps": 25, "batch_weight": lambda row: float((row["labels"][:, 1:] != IGNORED).sum())}
@@ -148,10 +147,7 @@ class TestTokens:
             ([(b["input_ids"], b["labels"]) for b in BATCHES], None, r"needs batches that all have.*\[:, 1:\] != -100"),
             ([*BATCHES, {"input_ids": torch.ones(2, 3)}], None, "needs batches that all have"),
             (
-                [
-                    {"attention_mask": torch.ones(2, length), "input_ids": torch.ones(2, length).long()}
-                    for length in (3, 5)
-                ],
+                [dict.fromkeys(["attention_mask", "input_ids"], torch.ones(2, length).long()) for length in (3, 5)],
                 from_mask,
                 r"cannot be told.*`batch_weight=lambda batch: batch\[\"attention_mask\"\]\[:, 1:\].sum\(\)`",
             ),
@@ -197,10 +193,7 @@ class TestSamples:
         ("loss", "obstacle"),
         [
             (squared_mean, "neither by samples nor by tokens"),
-            (
-                lambda m, b: squared_mean(m, b) / (torch.tensor(len(b["labels"])) // 2),
-                "neither by samples nor by tokens",
-            ),
+            (lambda m, b: squared_mean(m, b) / (torch.tensor(len(b["labels"])) // 2), "neither by samples nor by"),
             (lambda m, b: squared_mean(m, b) * (1 // (len(b["labels"]) // 2)), "ZeroDivisionError"),
         ],
     )
@@ -218,11 +211,10 @@ class TestSamples:
             calls.append(len(batch["labels"]))
             return F.cross_entropy(module(batch["x"]), batch["labels"])
 
-        batches = [{"x": torch.randn(4, 3), "labels": torch.arange(4) % 2, "attention_mask": mask}] * 2
-        hessian_spectrum(nn.Linear(3, 2), batches, loss, steps=2)
-        with_mask = list(calls)
-        calls.clear()
-        hessian_spectrum(nn.Linear(3, 2), [{"x": b["x"], "labels": b["labels"]} for b in batches], loss, steps=2)
+        batch = {"x": torch.randn(4, 3), "labels": torch.arange(4) % 2}
+        hessian_spectrum(nn.Linear(3, 2), [{**batch, "attention_mask": mask}] * 2, loss, steps=2)
+        with_mask, calls[:] = list(calls), []
+        hessian_spectrum(nn.Linear(3, 2), [batch] * 2, loss, steps=2)
         assert calls == with_mask
 
 

@@ -62,8 +62,7 @@ def run(request: pytest.FixtureRequest) -> Run:
                 raise Boom
             return cases.squared_error(module, batch)
 
-        fails = contextlib.nullcontext() if request.param == "success" else pytest.raises(Boom)
-        with fails:
+        with contextlib.nullcontext() if request.param == "success" else pytest.raises(Boom):
             hessian_spectrum(module, [batch], loss, steps=4, strategy="recompute", **options)
         assert calls == 1 if request.param == "failure at once" else calls > 5
 
@@ -202,8 +201,6 @@ class TestTensors:
 
 
 class TestAttributes:
-    """Values of many types are in `test_snapshot.py` and `test_isolation.py`."""
-
     def test_assignments_additions_and_deletions_are_undone(self, run):
         module = Net()
         module.count, module.name, module.cache, module.last.best = 3, "before", [1], torch.ones(2)
@@ -425,11 +422,8 @@ def test_backends_go_on_following_the_setting_for_all_of_them(run):
 
 def test_products_of_16_bit_numbers_are_added_up_in_32_bits_inside(run):
     settings, seen = torch.backends.cuda.matmul, set[bool]()
-    names = [
-        name
-        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-        if hasattr(settings, name)
-    ]
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    names = [name for name in names if hasattr(settings, name)]
     before = [getattr(settings, name) for name in names]
     run(Net(), lambda module: seen.update(bool(getattr(settings, name)) for name in names))
     assert names

@@ -1,7 +1,5 @@
 """Training mode without its randomness: which modules and functions it concerns, and which it leaves alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

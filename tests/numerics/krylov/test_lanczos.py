@@ -112,9 +112,8 @@ def test_a_small_remainder_after_the_dominant_part_is_found(dtype, tail):
     basis = result.ritz_vectors(np.eye(60))
     torch.testing.assert_close(basis @ basis.T, torch.eye(60, dtype=dtype), rtol=0, atol=16 * torch.finfo(dtype).eps)
     nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
-    np.testing.assert_allclose(nodes[-3:], [2.0, 3.0, 5.0], rtol=0, atol=8 * torch.finfo(dtype).eps * 5)
-    rest = nodes[:-3]
-    slack = 8 * torch.finfo(dtype).eps * 5
+    rest, slack = nodes[:-3], 8 * torch.finfo(dtype).eps * 5
+    np.testing.assert_allclose(nodes[-3:], [2.0, 3.0, 5.0], rtol=0, atol=slack)
     assert np.abs(rest).max() <= tail + slack
     # Ninety-seven even eigenvalues, 57 nodes: the ends are found well.
     assert rest.min() == pytest.approx(-tail, abs=0.01 * tail + slack)
@@ -162,15 +161,12 @@ class TestBreakdown:
         assert torch.equal(start, before)
 
 
-def test_at_least_one_step():
+def test_there_must_be_a_step_and_a_start_vector_with_a_direction():
     with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
         lanczos(lambda vector: vector, torch.ones(3), 0)
-
-
-@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
-def test_the_start_vector_must_have_a_direction(value):
-    with pytest.raises(ValueError, match=r"`start` must be finite and not zero"):
-        lanczos(lambda vector: vector, torch.full((3,), value), 2)
+    for value in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="`start` must be finite and not zero"):
+            lanczos(lambda vector: vector, torch.full((3,), value), 2)
 
 
 class _Elsewhere(str):
@@ -182,7 +178,7 @@ class _Elsewhere(str):
 class _OnAccelerator(Tensor):
     """A CPU tensor that claims to live on an accelerator, whose coefficients are read back only now and then."""
 
-    device = property(lambda self: _Elsewhere("cpu"))  # type: ignore[assignment]
+    device = property(lambda _: _Elsewhere("cpu"))
 
 
 def elsewhere(start: Tensor) -> Tensor:
@@ -197,28 +193,21 @@ def assert_same_rule(first: Lanczos, second: Lanczos, rounding: float) -> None:
 
 
 class TestCheckInterval:
-    @pytest.mark.parametrize("name", SPECTRA)
-    def test_late_checks_change_nothing_but_the_number_of_products(self, name):
+    @pytest.mark.parametrize(
+        ("name", "steps"),
+        [*((name, 1000) for name in SPECTRA), *(("indefinite", STEPS_BETWEEN_CHECKS + more) for more in (-7, 0, 3))],
+    )
+    def test_late_checks_change_nothing_but_the_number_of_products(self, name, steps):
         spectrum, distinct = SPECTRA[name]
         dtype = torch.float32
         matrix, start = make_matrix(spectrum, dtype), make_start(len(spectrum), dtype)
-        at_once = lanczos(Times(matrix), start, steps=1000)
-        matvec = Times(matrix)
-        late = lanczos(matvec, elsewhere(start), steps=1000)
-        assert late.breakdown
-        assert_same_rule(late, at_once, rounding_threshold(np.abs(spectrum).max(), torch.finfo(dtype).eps, len(start)))
-        blocks = -(-distinct // STEPS_BETWEEN_CHECKS) * STEPS_BETWEEN_CHECKS
-        assert matvec.calls == min(blocks, len(spectrum))
-
-    @pytest.mark.parametrize("steps", [1, STEPS_BETWEEN_CHECKS, STEPS_BETWEEN_CHECKS + 3])
-    def test_a_last_incomplete_block_is_read_too(self, steps):
-        matrix, start = make_matrix(SPECTRA["indefinite"][0], torch.float64), make_start(30)
+        at_once = lanczos(Times(matrix), start, steps)
         matvec = Times(matrix)
         late = lanczos(matvec, elsewhere(start), steps)
-        at_once = lanczos(Times(matrix), start, steps)
-        assert not late.breakdown
-        assert matvec.calls == steps
-        assert_same_rule(late, at_once, rounding_threshold(5.0, torch.finfo(torch.float64).eps, 30))
+        assert late.breakdown == (steps == 1000)
+        assert_same_rule(late, at_once, rounding_threshold(np.abs(spectrum).max(), torch.finfo(dtype).eps, len(start)))
+        blocks = -(-distinct // STEPS_BETWEEN_CHECKS) * STEPS_BETWEEN_CHECKS
+        assert matvec.calls == min(blocks, len(spectrum), steps)  # a last incomplete block is read, too
 
     @pytest.mark.parametrize(("value", "bad_step"), [(float("nan"), 1), (float("inf"), 3)])
     @pytest.mark.parametrize("on_accelerator", [False, True])
@@ -268,7 +257,7 @@ class TestStopping:
             np.testing.assert_array_equal(found.alphas, whole.alphas[:6])
             np.testing.assert_array_equal(found.betas, whole.betas[:6])
 
-    def test_is_not_asked_after_the_last_step_or_a_breakdown(self):
+    def test_is_not_asked_after_the_last_step_or_a_breakdown_nor_where_no_coefficients_are_read(self):
         asked = []
         for steps in (4, 12):  # two distinct eigenvalues
             matrix = make_matrix([1.0] * 3 + [2.0] * 9, torch.float64)
@@ -276,16 +265,14 @@ class TestStopping:
             found.run(lambda: asked.append(1) or False)
             assert (len(found.alphas), found.breakdown) == (2, True)
         matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
-        found = Lanczos(matvec, make_start(30), steps=4)
-        found.run(lambda: asked.append(len(found.alphas)) or False)
-        assert asked == [2]
-
-    def test_an_accelerator_is_asked_only_where_it_is_read(self):
-        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
-        found = Lanczos(matvec, elsewhere(make_start(30)), steps=20)
-        asked = []
-        found.run(lambda: asked.append(len(found.alphas)) or False)
-        assert asked == [STEPS_BETWEEN_CHECKS, 2 * STEPS_BETWEEN_CHECKS]
+        for start, steps, expected in (
+            (make_start(30), 4, [2]),
+            (elsewhere(make_start(30)), 20, [STEPS_BETWEEN_CHECKS, 2 * STEPS_BETWEEN_CHECKS]),
+        ):
+            asked.clear()
+            found = Lanczos(matvec, start, steps)
+            found.run(lambda found=found: asked.append(len(found.alphas)) or False)
+            assert asked == expected
 
 
 def test_products_of_the_caller_give_what_a_run_gives():

@@ -1,7 +1,5 @@
 """Gauss-Newton matrix, residual and diagonal blocks, against dense ones."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,17 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_hesd import hessian_spectrum
+from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.inputs.batches import WeightedBatch, weighted_batches
-from lightning_hesd.numerics.operators.curvature import (
-    CurvatureMatrix,
-    GaussNewtonMatrix,
-    HessianMatrix,
-    ResidualMatrix,
-)
+from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, block_products, choose_difference_step
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import cases, oracles
@@ -83,7 +75,7 @@ def operator(case: str, kind: str, strategy: Any = "graph") -> DiagonalBlock:
         "output_fn": lambda batch: outputs_of(module, batch.data),
         "output_loss": lambda outputs, batch: output_loss(outputs, batch.data),
     }
-    matrix: CurvatureMatrix = {
+    matrix = {
         "hessian": lambda: HessianMatrix(loss, parameters),
         "ggn": lambda: GaussNewtonMatrix(loss, parameters, **of_outputs),
         "residual": lambda: ResidualMatrix(loss, parameters, **of_outputs),
@@ -102,30 +94,10 @@ def unit_vectors(dimension: int, count: int = 10) -> Tensor:
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
 
 
-def dense_gauss_newton(case: str) -> Tensor:
-    """Jᵀ (∂²L/∂o²) J, from Jacobians and Hessians written out."""
-    module, batches, output_loss = problem(case)
-    chosen = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    terms = []
-    for batch in batches:
-
-        def outputs(*values: Tensor, batch: Any = batch) -> Tensor:
-            return functional_call(module, dict(zip(chosen, values, strict=True)), (batch[0],)).flatten()
-
-        def loss(flat: Tensor, batch: Any = batch) -> Tensor:
-            return output_loss(flat.view(outputs_of(module, batch).shape), batch)
-
-        parts = torch.autograd.functional.jacobian(outputs, tuple(chosen.values()), vectorize=True)
-        jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
-        curvature = torch.autograd.functional.hessian(loss, outputs(*chosen.values()), vectorize=True)
-        terms.append(len(batch[0]) * jacobian.T @ curvature @ jacobian)
-    return sum(terms) / sum(len(batch[0]) for batch in batches)
-
-
 @pytest.mark.parametrize("case", CASES)
 class TestParts:
     def test_gauss_newton_is_the_dense_one(self, case):
-        expected = dense_gauss_newton(case)
+        expected = oracles.dense_gauss_newton(*problem(case))
         found = dense(operator(case, "ggn"))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
 
@@ -154,28 +126,25 @@ def test_the_time_of_a_product_is_a_mean():
     assert 0 < found.risk.seconds_per_product <= (time.perf_counter() - started) / 3
 
 
+def once(module: nn.Module, batch: Any) -> Tensor:
+    return cases.OnceDifferentiable.apply(module(batch[0]))
+
+
 @pytest.mark.parametrize(
     ("output_loss", "options", "error", "message"),
     [
-        (
-            lambda o, b: 2 * flat_cross_entropy(o, b),
-            {"matrix": "ggn"},
-            ValueError,
-            r"the `output_loss` of what .*batch 0 they are 1\.\d+ and 2\.\d+",
-        ),
-        (
-            flat_cross_entropy,
-            {"matrix": "ggn", "strategy": "finite_difference"},
-            ValueError,
-            "`strategy='finite_difference'` does not give `matrix='ggn'`",
-        ),
-        (lambda o, b: o, {"matrix": "ggn"}, TypeError, "`output_loss` must return a scalar tensor"),
+        (lambda o, b: 2 * flat_cross_entropy(o, b), {}, ValueError, r"batch 0 they are 1\.\d+ and 2\.\d+"),
+        (flat_cross_entropy, {"strategy": "finite_difference"}, ValueError, "does not give `matrix='ggn'`"),
+        (lambda o, b: o, {}, TypeError, "`output_loss` must return a scalar tensor"),
+        (flat_cross_entropy, {"output_fn": once}, RuntimeError, "differentiated twice.*do not give this matrix"),
     ],
-    ids=["another loss", "differences", "no scalar"],
+    ids=["another loss", "differences", "no scalar", "no second derivative of the outputs"],
 )
 def test_mistakes(output_loss, options, error, message):
     with pytest.raises(error, match=message):
-        hessian_spectrum(*cases.make("mlp"), steps=3, output_fn=outputs_of, output_loss=output_loss, **options)
+        hessian_spectrum(
+            *cases.make("mlp"), steps=3, matrix="ggn", output_loss=output_loss, **{"output_fn": outputs_of, **options}
+        )
 
 
 def test_a_loss_that_sees_more_than_the_outputs():
@@ -187,17 +156,6 @@ def test_a_loss_that_sees_more_than_the_outputs():
     options = {"matrix": "residual", "output_fn": outputs_of, "output_loss": penalized}
     with pytest.raises(ValueError, match="depend on the parameters by way of the outputs only"):
         hessian_spectrum(module, batches, lambda m, b: penalized(m(b[0]), b), steps=3, **options)
-
-
-def test_outputs_without_a_second_derivative():
-    module, batches, _ = cases.make("mlp")
-
-    def once(module: nn.Module, batch: Any) -> Tensor:
-        return cases.OnceDifferentiable.apply(module(batch[0]))
-
-    options = {"matrix": "ggn", "output_fn": once, "output_loss": flat_cross_entropy}
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*do not give this matrix"):
-        hessian_spectrum(module, batches, lambda m, b: flat_cross_entropy(once(m, b), b), steps=3, **options)
 
 
 class TwoHeads(nn.Module):
@@ -221,23 +179,18 @@ def two_losses(outputs: dict[str, Any], batch: Any) -> Tensor:
 def test_outputs_may_be_nested():
     torch.manual_seed(0)
     module, batch = TwoHeads().double(), (torch.randn(6, 4).double(), torch.randint(3, (6,)))
-    whole = oracles.dense_hessian(module, [batch], lambda m, b: two_losses(m(b[0]), b))
-    n = len(whole)
-    found = []
-    for kind in ("ggn", "residual"):
-        spectrum = hessian_spectrum(
-            module, [batch], lambda m, b: two_losses(m(b[0]), b), steps=n, matrix=kind,
-            output_fn=lambda m, b: m(b[0]), output_loss=two_losses,
-        )  # fmt: skip
-        found.append(spectrum)
-    ggn, residual = found
+    options = {"output_fn": outputs_of, "output_loss": two_losses}
+
+    def analyze(**options: Any) -> Spectrum:
+        return hessian_spectrum(module, [batch], lambda m, b: two_losses(m(b[0]), b), steps=50, **options)
+
+    ggn, residual = (analyze(matrix=kind, **options) for kind in ("ggn", "residual"))
     assert (ggn.matrix, residual.matrix) == ("ggn", "residual")
     assert ggn.c_t == 0
     assert ggn.lambda_min >= -ggn.rounding
     assert residual.lambda_min < -residual.rounding
     # Traces of each, by the same random vector, add up to that of the Hessian.
-    plain = hessian_spectrum(module, [batch], lambda m, b: two_losses(m(b[0]), b), steps=n)
-    assert ggn.trace + residual.trace == pytest.approx(plain.trace, rel=1e-12)
+    assert ggn.trace + residual.trace == pytest.approx(analyze().trace, rel=1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["graph", "recompute", "finite_difference"])
@@ -267,43 +220,29 @@ def test_products_are_those_of_the_diagonal_blocks(strategy):
 class SpectralFilter(nn.Module):
     """Multiplies frequencies by complex weights, which are views of real ones, as Fourier neural operators do."""
 
-    def __init__(self) -> None:
+    def __init__(self, as_complex: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))  # before the weights, so that these begin at an odd place
-        self.weights = nn.Parameter(torch.randn(4, 2))
+        self.weights = cases.seeded(lambda: nn.Parameter(torch.randn(4, 2)))
+        self.as_complex = as_complex
+        self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        filtered = torch.fft.rfft(x) * torch.view_as_complex(self.weights)
+        filtered = torch.fft.rfft(x) * self.as_complex(self.weights)
         return self.scale * torch.tanh(torch.fft.irfft(filtered, n=x.size(-1)))
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])
 def test_real_weights_that_are_seen_as_complex_ones(matrix: str) -> None:
-    torch.manual_seed(0)
-    module, batch = SpectralFilter().double(), (torch.randn(5, 6).double(), torch.randn(5, 6).double())
-    sizes = [p.numel() for p in module.parameters()]
-
-    def outputs_at(flat: Tensor) -> Tensor:
-        values = (part.view_as(p) for part, p in zip(flat.split(sizes), module.parameters(), strict=True))
-        named = {name: value.clone() for (name, _), value in zip(module.named_parameters(), values, strict=True)}
-        return functional_call(module, named, (batch[0],))
-
-    flat = nn.utils.parameters_to_vector(module.parameters()).detach()
+    batches = [tuple(unit_vectors(6, 10).chunk(2))]
+    twin = SpectralFilter(lambda w: torch.complex(*w.unbind(-1)))
     if matrix == "hessian":
-        weights = list(module.parameters())
-        gradients = torch.autograd.grad(F.mse_loss(module(batch[0]), batch[1]), weights, create_graph=True)
-        rows = []
-        for unit in torch.eye(len(flat), dtype=flat.dtype):  # directions that are no views
-            direction = [part.clone().view_as(p) for part, p in zip(unit.split(sizes), weights, strict=True)]
-            rows.append(torch.autograd.grad(gradients, weights, direction, retain_graph=True))
-        dense = torch.stack([nn.utils.parameters_to_vector(row) for row in rows])
+        dense, options = oracles.dense_hessian(twin, batches, cases.squared_error), {}
     else:
-        jacobian = torch.autograd.functional.jacobian(outputs_at, flat).flatten(0, -2)
-        dense = 2 / len(jacobian) * jacobian.T @ jacobian
-    options = {"output_fn": outputs_of, "output_loss": squared_error} if matrix == "ggn" else {}
-    spectrum = hessian_spectrum(
-        module, [batch], lambda m, b: squared_error(m(b[0]), b), matrix=matrix, steps=len(flat), **options
-    )
+        options = {"output_fn": outputs_of, "output_loss": squared_error}
+        dense = oracles.dense_gauss_newton(twin, batches, squared_error)
+    module = SpectralFilter(torch.view_as_complex)
+    spectrum = hessian_spectrum(module, batches, cases.squared_error, matrix=matrix, steps=len(dense), **options)
     eigenvalues = torch.linalg.eigvalsh(dense)
     assert spectrum.lambda_max == pytest.approx(float(eigenvalues[-1]), rel=1e-9)
     assert spectrum.lambda_min == pytest.approx(float(eigenvalues[0]), rel=1e-9, abs=1e-9)

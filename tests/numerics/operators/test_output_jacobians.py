@@ -1,10 +1,9 @@
 """Products from Jacobians of the outputs are those with the dense Hessian, or are not used."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,6 @@ from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.operators import output_jacobians
 from lightning_hesd.numerics.operators.diagonal_block import block_products
 from tests import cases, oracles
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 REASON = "Jacobians of the outputs"
 
@@ -76,10 +72,6 @@ SUITABLE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def mean_of_others(x: Tensor) -> Tensor:
-    return x - 1e-12 * x.mean(0)
-
-
 UNSUITABLE: dict[str, Callable[[], nn.Module]] = {
     "GELU": lambda: perceptron(nn.GELU(), nn.ReLU()),
     "tanh": lambda: perceptron(nn.ReLU(), nn.Tanh()),
@@ -87,7 +79,7 @@ UNSUITABLE: dict[str, Callable[[], nn.Module]] = {
     "product": lambda: perceptron(cases.Applied(lambda x: x * x.sigmoid())),
     # These two differ too little for a comparison of products to tell it from rounding.
     "slightly curved": lambda: perceptron(cases.Applied(lambda x: x + 1e-13 * x**3), nn.ReLU()),
-    "samples that mix": lambda: perceptron(nn.ReLU(), cases.Applied(mean_of_others)),
+    "samples that mix": lambda: perceptron(nn.ReLU(), cases.Applied(lambda x: x - 1e-12 * x.mean(0))),
     "many outputs": lambda: perceptron(nn.ReLU(), outputs=33),
 }
 
@@ -105,8 +97,7 @@ def problem(name: str, network: Callable[[], nn.Module]) -> cases.Problem:
 
 
 def bilinear_cross_entropy(module: nn.Module, batch: Any) -> Tensor:
-    hidden = module[0](batch[0], batch[0])  # type: ignore[index]
-    return F.cross_entropy(module[2](module[1](hidden)), batch[1])  # type: ignore[index]
+    return F.cross_entropy(module[1:](module[0](batch[0], batch[0])), batch[1])
 
 
 def uses_jacobians(given: cases.Problem, **options: Any) -> bool:
@@ -157,42 +148,35 @@ def test_samples_that_mix_in_a_single_place(samples):
         assert not uses_jacobians(cases.Problem(module, [batch], loss_fn))
 
 
-def penalized(module: nn.Module, batch: Any) -> Tensor:
-    penalty = sum(p.square().sum() for p in module.parameters())
-    return cases.cross_entropy(module, batch) + 0.1 * penalty
-
-
 def contrast(module: nn.Module, batch: Any) -> Tensor:
     """A loss in which samples mix; its second derivative is taken as a whole."""
     outputs = module(batch[0])
     return (outputs @ outputs.T).logsumexp(1).mean()
 
 
-def linear(module: nn.Module, batch: Any) -> Tensor:
-    return module(batch[0]).mean()  # type: ignore[no-any-return]
-
-
-def piecewise_linear(module: nn.Module, batch: Any) -> Tensor:
-    return module(batch[0]).relu().mean()  # type: ignore[no-any-return]
-
-
-def constant(_: nn.Module, batch: Any) -> Tensor:
-    return batch[0].mean()  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize(
     ("loss_fn", "is_suitable"),
-    [(penalized, False), (contrast, True), (linear, True), (piecewise_linear, True), (constant, False)],
+    [
+        (lambda m, b: cases.cross_entropy(m, b) + sum(p.square().sum() for p in m.parameters()) / 10, False),
+        (contrast, True),
+        (lambda m, b: m(b[0]).mean(), True),
+        (lambda m, b: m(b[0]).relu().mean(), True),
+        (lambda m, b: b[0].mean(), False),
+    ],
+    ids=["penalty", "contrast", "linear", "piecewise linear", "constant"],
 )
 def test_losses(loss_fn, is_suitable):
     module, batches, _ = problem("normalized", SUITABLE["normalized"])
     assert uses_jacobians(cases.Problem(module, batches, loss_fn)) == is_suitable
 
 
+GGN = {"output_fn": lambda m, b: m(b[0]), "output_loss": lambda o, b: F.cross_entropy(o, b[1]), "matrix": "ggn"}
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"strategy": "graph"}, {"strategy": "recompute"}, {"memory_budget": 60_000}],
-    ids=["graph", "recompute", "little memory"],
+    [{"strategy": "graph"}, {"strategy": "recompute"}, {"memory_budget": 60_000}, GGN],
+    ids=["graph", "recompute", "little memory", "another matrix"],
 )
 def test_options_that_want_other_products_or_leave_no_room(options, monkeypatch):
     made: list[output_jacobians.JacobianProducts] = []
@@ -208,20 +192,10 @@ def test_few_blocks_are_not_worth_it(least, is_used, monkeypatch):
     assert uses_jacobians(problem("images", images)) == is_used
 
 
-def test_other_matrices_keep_their_products():
-    assert not uses_jacobians(
-        problem("perceptron", SUITABLE["perceptron"]),
-        matrix="ggn",
-        output_fn=lambda module, batch: module(batch[0]),
-        output_loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
-    )
-
-
 def test_a_wrong_product_is_not_used(monkeypatch):
-    curved = output_jacobians.JacobianProducts._curvature_of_loss
-    monkeypatch.setattr(
-        output_jacobians.JacobianProducts, "_curvature_of_loss", lambda self, tangent: 1.001 * curved(self, tangent)
-    )
+    products = output_jacobians.JacobianProducts
+    curved = products._curvature_of_loss
+    monkeypatch.setattr(products, "_curvature_of_loss", lambda self, tangent: 1.001 * curved(self, tangent))
     assert not uses_jacobians(problem("perceptron", SUITABLE["perceptron"]))
 
 
@@ -230,19 +204,11 @@ class Idle(nn.Module):
 
     def __init__(self, gradient: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
-        self.weight, self.gradient = nn.Parameter(torch.ones(6)), gradient
+        self.weight = nn.Parameter(torch.ones(6))
+        self.same = cases.custom("Same", lambda x, w: (x.clone(), w), lambda g, w: (g, gradient(w)))
 
     def forward(self, x: Tensor) -> Tensor:
-        class Same(torch.autograd.Function):
-            @staticmethod
-            def forward(_: Any, x: Tensor, __: Tensor) -> Tensor:
-                return x.clone()
-
-            @staticmethod
-            def backward(_: Any, g: Tensor) -> Any:
-                return g, self.gradient(self.weight)
-
-        return Same.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+        return self.same(x, self.weight)
 
 
 @pytest.mark.parametrize("gradient", [lambda _: None, torch.zeros_like, lambda w: 0 * w])
