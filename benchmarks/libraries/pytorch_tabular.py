@@ -59,7 +59,7 @@ def train(name: str, callbacks: list[Any], folder: Path, **options: Any) -> Any:
 LIBRARY = Library(
     name="pytorch-tabular",
     kind="tables",
-    requirements=("pytorch-tabular==1.2.0", "pytorch-lightning==2.6.6"),
+    requirements=("pytorch-tabular==1.2.0", "pytorch-lightning==2.6.6", "requests"),  # which it imports, undeclared
     cases=(
         Case(
             "CategoryEmbeddingModel",
