@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -63,16 +63,29 @@ class Classifier(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 3e-3)
 
 
+class HalfPrecisionLinear(torch.autograd.Function):
+    """A linear layer that computes with 16 bits, also backward, as kernels for accelerators do."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        return F.linear(values.bfloat16(), weight.bfloat16(), bias.bfloat16()).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        values, weight = (saved.bfloat16() for saved in ctx.saved_tensors)
+        [gradient] = (g.bfloat16() for g in gradients)
+        return tuple(g.to(gradients[0].dtype) for g in (gradient @ weight, gradient.T @ values, gradient.sum(0)))
+
+
 class HalfPrecisionClassifier(Classifier):
     """The same, but it computes its layers with 16 bits."""
 
     def forward(self, images: Tensor) -> Tensor:
-        values = images.bfloat16()
+        values = images
         for layer in self.net:
-            if isinstance(layer, nn.Linear):
-                values = F.linear(values, layer.weight.bfloat16(), layer.bias.bfloat16())
-            else:
-                values = layer(values)
+            is_linear = isinstance(layer, nn.Linear)
+            values = HalfPrecisionLinear.apply(values, layer.weight, layer.bias) if is_linear else layer(values)
         return values
 
 
