@@ -78,6 +78,9 @@ class HalfPrecisionLinear(torch.autograd.Function):
         return tuple(g.to(gradients[0].dtype) for g in (gradient @ weight, gradient.T @ values, gradient.sum(0)))
 
 
+half_precision: Any = HalfPrecisionLinear.apply
+
+
 class HalfPrecisionClassifier(Classifier):
     """The same, but it computes its layers with 16 bits."""
 
@@ -85,7 +88,7 @@ class HalfPrecisionClassifier(Classifier):
         values = images
         for layer in self.net:
             is_linear = isinstance(layer, nn.Linear)
-            values = HalfPrecisionLinear.apply(values, layer.weight, layer.bias) if is_linear else layer(values)
+            values = half_precision(values, layer.weight, layer.bias) if is_linear else layer(values)
         return values
 
 

@@ -15,7 +15,7 @@ from lightning_hesd.numerics.derivatives.checkpointing import recomputed_under
 from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.isolation.precision import WithoutCasts
+from lightning_hesd.numerics.isolation.precision import InPrecision
 from lightning_hesd.numerics.isolation.snapshot import seed_everything
 from lightning_hesd.numerics.operators.curvature import MATRICES, OutputMatrix
 
@@ -55,7 +55,7 @@ class Evaluator:
     isolation: Isolation
     batches: Sequence[WeightedBatch] | None = field(default=None, kw_only=True)
     _dtype: torch.dtype | None = field(default=None, init=False)
-    _leaves_out_casts: bool = field(default=False, init=False)
+    _throughout: bool = field(default=False, init=False)
     _known: dict[str, bool] = field(default_factory=dict, init=False)  # arguments of `Replacements`, found earlier
 
     def loss(self, batch: WeightedBatch) -> Tensor:
@@ -81,14 +81,14 @@ class Evaluator:
         return kind(self.loss, parameters, *steps_of_the_loss, blocks=blocks)
 
     @contextlib.contextmanager
-    def in_finest(self, *, without_casts: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+    def in_finest(self, *, throughout: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
         """Replace the module's parameters and buffers, and batches, by copies in the finest precision of the device.
 
         The parameters themselves stay as they are: if one changes its dtype, PyTorch forgets the hooks on its gradient,
         such as those of DistributedDataParallel.
 
         Args:
-            without_casts: Leave out casts of the loss to less precise types.
+            throughout: Replace data of any structure, constants and casts of the loss, too.
 
         Yields:
             A function that returns the copy of a parameter.
@@ -111,7 +111,7 @@ class Evaluator:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
             stack.enter_context(patched(self, "_dtype", dtype))
-            stack.enter_context(patched(self, "_leaves_out_casts", without_casts))
+            stack.enter_context(patched(self, "_throughout", throughout))
             stack.enter_context(self.isolation.separate(list(copies.values())))
             yield copies.__getitem__
 
@@ -144,8 +144,8 @@ class Evaluator:
         seed_everything(self.options.seed + 1 + batch.index)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.isolation.evaluation())
-            if self._dtype is not None and self._leaves_out_casts:
-                precise = WithoutCasts(self._dtype)
+            if self._dtype is not None and self._throughout:
+                precise = InPrecision(self._dtype)
                 stack.enter_context(precise)
                 stack.enter_context(recomputed_under(precise))
             for context in (

@@ -107,7 +107,7 @@ def verify(
         space: The space of vectors over all parameters.
         exact: Whether products come from differentiating twice; else only the gradient is compared.
         in_finest: Makes a context in which module and batches are in the finest precision of the device (with
-            `without_casts=True` also what the loss casts to another), and yields the function from a parameter to its
+            `throughout=True` also constants, and what the loss casts), and yields the function from a parameter to its
             copy there; None: there is no such context.
         may_fail: Whether an error makes the outcome "undecided"; ranks that evaluate together must raise it.
     """
@@ -155,13 +155,13 @@ class _Subject:
         with self._within(context) as matrix:
             return findings(matrix, self.batch, self.space, exact=self.exact)
 
-    def findings_without_casts(self, in_finest: InFinest) -> Findings | None:
+    def findings_throughout(self, in_finest: InFinest) -> Findings | None:
         """Compare without the loss's casts to less precise types; None where that tells nothing about the loss.
 
         The loss may need its casts, backward passes of custom functions may have further ones, and with casts
         derivatives may be lost that are there without.
         """
-        context = partial(in_finest, without_casts=True)
+        context = partial(in_finest, throughout=True)
         try:
             found = self.findings(context)
             if not found.agrees:
@@ -198,13 +198,13 @@ def _compared(subject: _Subject, context: InFinest, *, has_casts: bool) -> Findi
     try:
         found = subject.findings(context)
     except Exception:
-        finer = subject.findings_without_casts(context) if has_casts else None
+        finer = subject.findings_throughout(context) if has_casts else None
         if finer is None:
             raise
         return finer
     if found.is_finest or not has_casts:
         return found
-    return subject.findings_without_casts(context) or found
+    return subject.findings_throughout(context) or found
 
 
 def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
