@@ -14,6 +14,7 @@ from scipy import stats
 from lightning_hesd import Spectrum, assess_generalization
 from lightning_hesd.spectra.assessment import CAVEAT, TITLE, VERDICT_VALUES
 from lightning_hesd.spectra.criteria import delta_interval, quasi_singular
+from lightning_hesd.spectra.intervals import student_quantile
 from lightning_hesd.spectra.record import SpectrumRecord
 from tests.spectra import nodes
 
@@ -163,6 +164,12 @@ def test_spectra_that_cannot_be_compared(change: dict[str, Any]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=f"`{name}` is .* on the training data and {change[name]!r} on the"):
         assess_generalization(TRAIN, replace(TRAIN, **change))
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 9, 49, 99])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_student_quantile(confidence: float, degrees: int) -> None:
+    assert student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-4)
 
 
 def test_delta_interval() -> None:

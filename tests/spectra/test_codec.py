@@ -133,10 +133,6 @@ def mistaken(*_: Any, **__: Any) -> Any:
     raise AttributeError(msg)
 
 
-def read_history(folder: Path) -> None:
-    SpectrumHistory.load(folder)
-
-
 def read_state(folder: Path) -> None:
     callback = HessianSpectrumCallback()
     callback.history.append(SpectrumRecord(0, 1, make_spectrum(-0.2)))
@@ -158,8 +154,8 @@ def read_payload(folder: Path) -> None:
     ("module", "name", "read"),
     [
         (spectrum_data, "check_rules", lambda folder: Spectrum.load(next(folder.glob("*.npz")))),
-        (spectrum_data, "check_spectrum", read_history),
-        (codec, "check_comparable", read_history),
+        (spectrum_data, "check_spectrum", SpectrumHistory.load),
+        (codec, "check_comparable", SpectrumHistory.load),
         (codec, "check_fields", read_state),
         (spectrum_data, "check_rules", read_results),
         (payload_reading, "check_fields", read_payload),
@@ -167,7 +163,7 @@ def read_payload(folder: Path) -> None:
     ids=["spectrum", "history", "comparison", "state", "results", "payload"],
 )
 def test_a_mistake_of_the_program_is_not_called_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, read: Callable[[Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, read: Callable[[Path], object]
 ) -> None:
     history = SpectrumHistory()
     history.append(SpectrumRecord(0, 1, make_spectrum(-0.2), generalization=make_spectrum(-0.3)))

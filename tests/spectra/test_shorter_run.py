@@ -36,9 +36,6 @@ def test_it_is_where_a_run_with_the_tolerance_stops(tolerance: float, probes: in
     assert found <= taken <= 1.5 * found + 2 * probes
 
 
-def test_a_tolerance_that_was_not_met_stops_nothing() -> None:
+def test_nothing_stops_at_a_tolerance_that_was_not_met_or_at_an_undefined_c_t() -> None:
     assert products_within(spectrum(None, steps=5), 0.02) is None
-
-
-def test_an_undefined_c_t_is_known_to_no_tolerance() -> None:
     assert products_within(replace(spectrum(None), reason="flat"), 0.3) is None
