@@ -93,3 +93,12 @@ def single_thread() -> None:
     """Compute on one thread, whatever a test or a program before has set."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def problem_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what benchmarks store of their problems in a folder of the tests, and to one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.problems.CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(torch, "set_num_threads", lambda _: None)  # two threads wait for each other where all are busy
+        yield
