@@ -9,18 +9,14 @@ a process of its own. It uses PyTorch's backends in Python (private, and new), a
 each device, share memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 NAME = "standin"
 _DEVICE = 12  # `kDLExtDev`: DLPack's number for devices that are not its own

@@ -1,7 +1,5 @@
 """The benchmark's candidates compute the same, and its report has a place for everything, failures too."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

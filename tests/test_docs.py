@@ -1,7 +1,5 @@
 """The code of the README and of the documentation runs as it stands there."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

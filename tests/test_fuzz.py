@@ -5,8 +5,6 @@ others. The examples are the same in every run; `HESD_FUZZ=100 pytest tests/test
 others each time.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

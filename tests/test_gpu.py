@@ -1,7 +1,5 @@
 """The small form of `python -m benchmarks.gpu` holds on the CPU, and reports failures, of checks and of processes."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The study of layer-wise Hessians: it runs as a whole, and its statistics are what the report says."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

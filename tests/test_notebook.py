@@ -1,7 +1,5 @@
 """The notebook runs, shows figures and tables, and its page in the documentation is that of its present cells."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The reproduction of arXiv:2504.17618: it runs as a whole, and its parts do what the report says."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

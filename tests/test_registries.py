@@ -1,10 +1,9 @@
 """A rule and a scalar that are entered in their registries appear everywhere, with no other change."""
 
-from __future__ import annotations
-
 import csv
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +21,6 @@ from lightning_hesd.spectra.scalars import RECORD_SCALARS, RUN_SCALARS, SPECTRUM
 from tests.tab import ROOT
 from tests.training import cli_project
 from tests.training.scripted import make_spectrum, make_trainer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SPREAD = Scalar("spread", lambda spectrum: spectrum.lambda_max - spectrum.lambda_min, "spread of the spectrum")
 RISE = Scalar("rise", lambda record: record.spectrum and record.spectrum.loss - 1, "rise of the loss")

@@ -1,12 +1,11 @@
 """The study of sample sizes: it runs as a whole, and its rules tell what agrees from what does not."""
 
-from __future__ import annotations
-
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +22,6 @@ from examples.sample_study.trends import Interval, Region, Trend, student, trend
 from examples.shared import AGREES, DIFFERS, UNSEEN
 from lightning_hesd.sample_size.loss_differences import differences_of
 from tests.programs import run_python
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TINY = Setup(epochs=1, orders=4, steps=4, extractor_epochs=1)
 QUICKEST = ["--quick", "--seeds", "2", "--epochs", "2", "--jobs", "1"]

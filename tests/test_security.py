@@ -1,7 +1,5 @@
 """Attacks with a name: what a file, a checkpoint or a run of a stranger could try. Damage by chance: test_fuzz.py."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

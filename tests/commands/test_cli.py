@@ -1,7 +1,5 @@
 """The command line: real checkpoints of a real run, from this process and from another one."""
 
-from __future__ import annotations
-
 import csv
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """The cost model beside what the engine counts; times are compared by `python -m benchmarks.cost`."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`lightning-hesd report`: several runs, the summary in words, and how the results were made."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

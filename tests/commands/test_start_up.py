@@ -1,7 +1,5 @@
 """What is imported when the package, a callback, the command line or the tab starts."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

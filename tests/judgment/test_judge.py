@@ -1,13 +1,12 @@
 """The judge on histories: picks and what they were worth, the sentence, tables and files, and its command."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import json
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +23,6 @@ from lightning_hesd.training.history import SpectrumHistory
 from tests.judgment.simulated import assert_same, history, record
 from tests.spectra.nodes import spectrum
 from tests.training.scripted import Epoch
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TWO = ["highest_c_t", "lowest_max_eigenvalue"]
 

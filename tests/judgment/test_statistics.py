@@ -1,19 +1,14 @@
 """P-values and intervals of several rules over runs, against other computations and against simulations."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
 from lightning_hesd.judgment.statistics import MAX_ENUMERATED_RUNS, PairedComparison, compare, runs_needed
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def noise(runs: int, rules: int, seed: int = 0) -> NDArray[np.float64]:

@@ -1,7 +1,5 @@
 """What a console and a notebook show of spectra and histories, and which figures are shown."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

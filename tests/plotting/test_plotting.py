@@ -1,7 +1,5 @@
 """What the density figure shows."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

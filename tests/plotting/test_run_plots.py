@@ -1,7 +1,5 @@
 """What the figures of a run show."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Spectra of given nodes, and layers of given curvature."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

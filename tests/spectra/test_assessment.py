@@ -1,7 +1,5 @@
 """Every branch of Fig. 10 of Gabdullin (2025), and what leaves the verdict undecided."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import partial

@@ -1,9 +1,9 @@
 """Records as plain values and back; errors of the program are no damage of files."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +18,6 @@ from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum_data import OPTIONAL, REQUIRED, STORED_ARRAYS
 from lightning_hesd.spectra.validation import parsed
 from tests.training.scripted import make_spectrum
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 words = st.text(st.characters(codec="utf-8"), max_size=4)
 sizes = st.floats(1e-300, 1e100)

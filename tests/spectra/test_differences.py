@@ -1,7 +1,5 @@
 """Errors of differences of spectra on the same samples: the formulas, and resampled data."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Each kind of finding, planted in a history, and none in a healthy one."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Indicators of layers against the same sums over eigenvalues."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

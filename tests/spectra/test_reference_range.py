@@ -1,7 +1,5 @@
 """What spectra are compared with, and what the answer is, also at the ends of ranges and sizes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """The checkpoint rules: the quantity that each goes by, and its sign."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import get_args

@@ -1,7 +1,5 @@
 """How many products another tolerance would have taken, beside runs that were stopped by it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

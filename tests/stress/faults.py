@@ -1,7 +1,5 @@
 """Numbers, memory, data and disks that fail: training stays the same, and the failure is reported."""
 
-from __future__ import annotations
-
 import json
 import math
 import resource

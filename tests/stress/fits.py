@@ -1,7 +1,5 @@
 """`Fit`: a run with the callback beside the same run without it, declared."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable

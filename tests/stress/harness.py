@@ -1,7 +1,5 @@
 """Cases, each run in a process of its own, and the table of what came out."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime as dt
 import fnmatch

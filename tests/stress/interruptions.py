@@ -1,7 +1,5 @@
 """Runs that are interrupted, by signals or by being killed, and then resumed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A long run with an analysis in every epoch: what grows, and how much."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

@@ -1,7 +1,5 @@
 """Precisions, modules, data and Trainers of all kinds: training stays the same, and the analyses are made."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import warnings

@@ -1,36 +1,30 @@
 """The HESD tab in a browser, served by TensorBoard: what is drawn, said, and asked of the server."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
 
-from lightning_hesd import compare_with_reference, judge
+from lightning_hesd import Spectrum, compare_with_reference, judge
 from lightning_hesd.commands.report import report
 from lightning_hesd.plotting import plot_losses_along
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from lightning_hesd.spectra.decisions import run_payload
+from lightning_hesd.spectra.findings import Finding
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.reference_table import QUANTITIES, ReferenceState
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.browser import Page, hyphens, needs_browser, webdriver
 from tests.tab import EPOCHS, Server, Tab, tensorboard, train, write_payloads
 from tests.training.scripted import make_spectrum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lightning_hesd import Spectrum
-    from lightning_hesd.spectra.findings import Finding
 
 pytestmark = needs_browser
 

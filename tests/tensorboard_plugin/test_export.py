@@ -1,24 +1,19 @@
 """The report in a browser: what it shows, the export of its figures, and how it is printed; one page for all tests."""
 
-from __future__ import annotations
-
 import base64
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from lightning_hesd import judge
 from lightning_hesd.commands.report import write_report
 from tests.browser import Page, needs_browser
 from tests.tab import EPOCHS, Tab
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from matplotlib.figure import Figure
 
 pytestmark = needs_browser
 

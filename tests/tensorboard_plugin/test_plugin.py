@@ -1,7 +1,5 @@
 """The HESD tab's backend: payloads of a real training, read through TensorBoard's data provider."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -3,10 +3,10 @@
 One server and one page for all tests; each starts from the address without choices.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +16,6 @@ from lightning_hesd.training.history import SpectrumRecord
 from tests.browser import CLICK, Page, needs_browser, webdriver
 from tests.tab import Server, Tab, write_payloads
 from tests.training.scripted import make_spectrum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = needs_browser
 

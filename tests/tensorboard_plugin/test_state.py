@@ -3,26 +3,21 @@
 One server and one page for all tests; each chooses the state that it looks at.
 """
 
-from __future__ import annotations
-
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lightning_hesd import Spectrum, SpectrumHistory
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.quadrature import legible_sigma
 from tests.browser import Page, needs_browser
 from tests.states import EIGENVALUES, FAILURE, LAYERS, write_states
 from tests.tab import Server, Tab
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from lightning_hesd import Spectrum, SpectrumHistory
 
 pytestmark = needs_browser
 
