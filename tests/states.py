@@ -30,6 +30,13 @@ LAYERS = {
 """Names of layers and their traces."""
 
 
+def history_of(*records: SpectrumRecord) -> SpectrumHistory:
+    """Return a history of these records."""
+    history = SpectrumHistory()
+    history.extend(records)
+    return history
+
+
 def found(eigenvalues: np.ndarray, loss: float = 0.2, **fields: Any) -> Spectrum:
     """Return what a Lanczos run on a diagonal matrix finds, as the verified spectrum of a network."""
     options = {"verified": "yes", "verification": "differences of loss and gradient agree to 1e-9", **fields}

@@ -37,6 +37,7 @@ from lightning_hesd.spectra.payload_reading import RECORD_FIELDS, SELECTION_FIEL
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
 from lightning_hesd.training.schedule import Budget
+from tests.states import history_of
 from tests.tab import Tab, write_payloads
 from tests.training.scripted import make_spectrum
 
@@ -166,12 +167,6 @@ def records() -> list[SpectrumRecord]:
     ]
 
 
-def history() -> SpectrumHistory:
-    found = SpectrumHistory()
-    found.extend(records())
-    return found
-
-
 def selection(epoch: int = 1) -> dict[str, Any]:
     latest = Candidate(epoch, 4 * epoch, -0.5, -0.2, mainly_positive=True, path="a.ckpt")
     condition = CandidateFilter(0.05, require_mp=True)
@@ -268,7 +263,7 @@ def test_indices_of_histories(folder: Path, data: st.DataObject) -> None:
     place = folder / "run" / "hesd"
     good = place / "good.json"
     if not good.exists():
-        history().save(place)
+        history_of(*records()).save(place)
         (place / "index.json").rename(good)
     original = json.loads(good.read_text())
     text = data.draw(texts(original))
@@ -312,7 +307,7 @@ TENSORS = st.sampled_from(
 
 def state() -> dict[str, Any]:
     return {
-        "history": history().state_dict(),
+        "history": history_of(*records()).state_dict(),
         "samples": {"training": {"indices": [0, 1, 2], "lengths": [2, 1], "positions": [0, 1], "num_samples": 3}},
         "budget": {**Budget(0.1).state_dict(), "decisions": {4: True}},
     }
@@ -370,7 +365,7 @@ def ranking(folder: Path) -> dict[str, Any]:
 def test_undamaged_states_are_valid(folder: Path) -> None:
     callback = HessianSpectrumCallback(num_samples=3)
     callback.load_state_dict(state())
-    assert len(callback.history) == len(history())
+    assert len(callback.history) == len(records())
     checkpoint = HessianCheckpoint(dirpath=folder)
     checkpoint.load_state_dict(ranking(folder))
     assert checkpoint.state_dict() == ranking(folder)

@@ -21,6 +21,7 @@ from lightning_hesd.commands.results import summary_of
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload, selection_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
+from tests.states import history_of
 from tests.tab import Tab, data_of_report, write_payloads
 from tests.training import scripted
 from tests.training.scripted import Epoch, make_spectrum
@@ -135,12 +136,6 @@ def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 # Paths ----------------------------------------------------------------------------------------------------------------
-
-
-def history_of(*records: SpectrumRecord) -> SpectrumHistory:
-    history = SpectrumHistory()
-    history.extend(records)
-    return history
 
 
 def test_a_callback_writes_to_a_folder_of_its_own_and_reads_names_in_an_index_there_only(tmp_path: Path) -> None:

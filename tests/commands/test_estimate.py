@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd.commands.estimate import WIDTH, cost_lines, parameter_count
@@ -16,13 +15,10 @@ from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
+from tests.cases import cross_entropy
 from tests.ranks import StandIn
 
 MACHINE = Machine(gradient_seconds=1e-3, memory_bandwidth=1e10, network_bandwidth=1e9)
-
-
-def loss(module: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
 
 
 def problem() -> tuple[nn.Module, list[WeightedBatch], int]:
@@ -42,7 +38,7 @@ def test_traffic_is_what_the_engine_reduces() -> None:
         return tensor
 
     options = analysis_options(steps=12, probes=2, strategy="graph")
-    spectrum = analyze(module, batches, loss, options, collectives=StandIn(sum_of))
+    spectrum = analyze(module, batches, cross_entropy, options, collectives=StandIn(sum_of))
     workload = Workload(n, samples=64, batch_size=16, steps=12, probes=2, processes=4)
     assert workload.products == spectrum.matvecs
     assert Workload(7, steps=100, probes=2).products == 14  # no more steps than parameters
@@ -55,7 +51,7 @@ def test_memory_is_what_the_engine_plans(basis: Any) -> None:
     module, batches, n = problem()
     cache = AnalysisCache()
     options = analysis_options(steps=12, basis=basis, batch_size=None)
-    spectrum = analyze(module, batches, loss, options, cache=cache)
+    spectrum = analyze(module, batches, cross_entropy, options, cache=cache)
     assert cache.graph_bytes
     workload = Workload(n, samples=64, batch_size=16, steps=12, basis=basis == "device", graph_bytes=cache.graph_bytes)
     # What a product takes beside the graphs is at least what a graph holds.
@@ -71,7 +67,7 @@ def test_memory_of_the_comparison_is_what_the_engine_plans() -> None:
     few = [WeightedBatch(tuple(part[:2] for part in batches[0].data), 2, 0)]
     cache = AnalysisCache()
     options = analysis_options(steps=2, basis="none")
-    first, later = (analyze(module, few, loss, options, cache=cache).predicted_memory for _ in range(2))
+    first, later = (analyze(module, few, cross_entropy, options, cache=cache).predicted_memory for _ in range(2))
     workload = Workload(n, samples=2, batch_size=2, steps=2, basis=False, graph_bytes=cache.graph_bytes or 0.0)
     cost = analysis_cost(workload, MACHINE)
     assert first is not None

@@ -19,9 +19,9 @@ from lightning_hesd.judgment.statistics import runs_needed
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.rules import RULES, CheckpointRule
-from lightning_hesd.training.history import SpectrumHistory
 from tests.judgment.simulated import assert_same, history, record
 from tests.spectra.nodes import spectrum
+from tests.states import history_of
 from tests.training.scripted import Epoch
 
 TWO = ["highest_c_t", "lowest_max_eigenvalue"]
@@ -331,9 +331,7 @@ def test_the_small_table_of_the_tab() -> None:
 
 def saved(folder: Path, records: list[SpectrumRecord]) -> None:
     """Save records without metrics, as of a module that logs none."""
-    kept = SpectrumHistory()
-    kept.extend(SpectrumRecord(r.epoch, r.global_step, r.spectrum) for r in records)
-    kept.save(folder / "hesd")
+    history_of(*(SpectrumRecord(r.epoch, r.global_step, r.spectrum) for r in records)).save(folder / "hesd")
 
 
 def metrics_file(path: Path, lines: list[str]) -> Path:

@@ -17,15 +17,14 @@ from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.training.loggers.output import figures
 from tests.judgment import simulated
+from tests.states import history_of
 from tests.training.scripted import make_spectrum
 
 
 @pytest.fixture
 def history() -> SpectrumHistory:
-    found = SpectrumHistory()
-    found.extend(SpectrumRecord(epoch, 10 * epoch, make_spectrum(-0.1 - epoch / 10)) for epoch in range(3))
-    found.append(SpectrumRecord(3, 30, None, error="out of <memory>\nand more"))
-    return found
+    records = [SpectrumRecord(epoch, 10 * epoch, make_spectrum(-0.1 - epoch / 10)) for epoch in range(3)]
+    return history_of(*records, SpectrumRecord(3, 30, None, error="out of <memory>\nand more"))
 
 
 def test_each_is_one_line_in_a_console(history: SpectrumHistory) -> None:

@@ -17,6 +17,7 @@ from lightning_hesd.spectra.codec import Packing, load_layers, pack_records, sav
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum_data import OPTIONAL, REQUIRED, STORED_ARRAYS
 from lightning_hesd.spectra.validation import parsed
+from tests.states import history_of
 from tests.training.scripted import make_spectrum
 
 words = st.text(st.characters(codec="utf-8"), max_size=4)
@@ -161,9 +162,7 @@ def read_payload(folder: Path) -> None:
 def test_a_mistake_of_the_program_is_not_called_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, read: Callable[[Path], object]
 ) -> None:
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(0, 1, make_spectrum(-0.2), generalization=make_spectrum(-0.3)))
-    history.save(tmp_path)
+    history_of(SpectrumRecord(0, 1, make_spectrum(-0.2), generalization=make_spectrum(-0.3))).save(tmp_path)
     read(tmp_path)  # nothing is damaged
     monkeypatch.setattr(module, name, mistaken)
     with pytest.raises(AttributeError, match="has no attribute 'x'"):

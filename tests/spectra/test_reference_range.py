@@ -29,6 +29,7 @@ from lightning_hesd.spectra.reference_table import (
 )
 from lightning_hesd.spectra.summary import summarize
 from tests.spectra.nodes import layer, spectrum
+from tests.states import history_of
 from tests.training.scripted import make_spectrum
 
 INF = math.inf
@@ -172,11 +173,9 @@ def history(monkeypatch: pytest.MonkeyPatch) -> SpectrumHistory:
     """A run with an analysis of the start, a failed one and a late one; the table has late states only."""
     states = tuple(state(n, -n / 20, dimension=2) for n in range(21))
     monkeypatch.setattr(reference_range, "reference_states", lambda: states)
-    found = SpectrumHistory()
-    found.append(SpectrumRecord(-1, 0, make_spectrum(-0.95, loss=2.0)))
-    found.append(SpectrumRecord(0, 10, None, "OSError: gone"))
-    found.append(SpectrumRecord(1, 20, make_spectrum(-0.95, loss=0.1)))
-    return found
+    start, late = (make_spectrum(-0.95, loss=loss) for loss in (2.0, 0.1))
+    failed = SpectrumRecord(0, 10, None, "OSError: gone")
+    return history_of(SpectrumRecord(-1, 0, start), failed, SpectrumRecord(1, 20, late))
 
 
 def test_a_record_is_compared_in_its_phase(history: SpectrumHistory) -> None:

@@ -9,19 +9,15 @@ import torch
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.spectra.shorter_run import products_within
 from lightning_hesd.spectra.spectrum import Spectrum
+from tests.example_spectra import Quadratic, quadratic_loss
 
 
-def spectrum(tolerance: float | None, *, seed: int = 0, probes: int = 1, steps: int = 60) -> Spectrum:
+def spectrum(tolerance: float | None, *, probes: int = 1, steps: int = 60) -> Spectrum:
     """Analyze a quadratic loss with outliers on a bulk, half of it negative."""
     rng = np.random.default_rng(0)
-    curvature = torch.from_numpy(np.concatenate([np.geomspace(10, 1, 12), 0.2 * rng.standard_normal(188)]))
-    module = torch.nn.ParameterList([torch.zeros(200, dtype=torch.float64)])
-
-    def loss(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        return 1 + (next(module.parameters()).square() * curvature).sum() / 2 * batch.mean()
-
-    options = {"steps": steps, "tolerance": tolerance, "seed": seed, "probes": probes}
-    return hessian_spectrum(module, [torch.ones(1, 1, dtype=torch.float64)], loss, **options)  # type: ignore[arg-type]
+    curvature = np.concatenate([np.geomspace(10, 1, 12), 0.2 * rng.standard_normal(188)])
+    options = {"steps": steps, "tolerance": tolerance, "probes": probes}
+    return hessian_spectrum(Quadratic(curvature), [torch.ones(1, 1)], quadratic_loss, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("probes", [1, 2])

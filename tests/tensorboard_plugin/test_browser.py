@@ -23,6 +23,7 @@ from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.reference_table import QUANTITIES, ReferenceState
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.browser import Page, hyphens, needs_browser, webdriver
+from tests.states import history_of
 from tests.tab import EPOCHS, Server, Tab, tensorboard, train, write_payloads
 from tests.training.scripted import make_spectrum
 
@@ -474,9 +475,8 @@ def test_in_tensorboard_itself(page: Page, address: str) -> None:
 
 def faulty() -> SpectrumHistory:
     """A run with two findings, one of which has a hostile message."""
-    found = SpectrumHistory()
-    found.append(SpectrumRecord(0, 4, None, error=f"</script>{EVIL}"))
-    found.append(SpectrumRecord(1, 8, make_spectrum(-2.0, loss=0.2)))
+    failed = SpectrumRecord(0, 4, None, error=f"</script>{EVIL}")
+    found = history_of(failed, SpectrumRecord(1, 8, make_spectrum(-2.0, loss=0.2)))
     assert [finding.key for finding in found.findings] == ["failed", "mainly_negative"]
     return found
 

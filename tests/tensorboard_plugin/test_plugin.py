@@ -13,7 +13,7 @@ import pytest
 from tensorboard.plugins.base_plugin import TBContext
 from torch.nn.functional import cross_entropy
 
-from lightning_hesd import Spectrum, SpectrumHistory, judge
+from lightning_hesd import Spectrum, judge
 from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.spectra.decisions import decisions, rewound, run_payload
 from lightning_hesd.spectra.distribution import Distribution
@@ -26,6 +26,7 @@ from lightning_hesd.training.history import SpectrumRecord
 from tests.judgment.simulated import assert_same, history
 from tests.judgment.simulated import record as simulated_record
 from tests.spectra.nodes import spectrum as spectrum_of
+from tests.states import history_of
 from tests.tab import EPOCHS, Tab, data_of_report, train, write_payloads
 from tests.training.broken import out_of_luck
 from tests.training.scripted import make_spectrum
@@ -469,10 +470,8 @@ def test_what_a_resumed_run_made_anew_replaces_the_old() -> None:
 
 
 def test_a_history_without_choices_and_one_with_a_torn_line(trained: tuple[Path, Any], tmp_path: Path) -> None:
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(0, 4, make_spectrum(-0.1)))
-    history.append(SpectrumRecord(1, 8, None, error="no memory"))
-    history.save(tmp_path / "hesd")
+    failed = SpectrumRecord(1, 8, None, error="no memory")
+    history_of(SpectrumRecord(0, 4, make_spectrum(-0.1)), failed).save(tmp_path / "hesd")
     assert [rule["used"] for rule in run_data(tmp_path)["rules"]] == [False, False]
     assert run_data(tmp_path)["records"][1]["error"] == "no memory"
     written = (trained[0] / "net" / "version_0" / "hesd" / SELECTIONS_NAME).read_text()
