@@ -11,6 +11,7 @@ each device, share memory.
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,7 @@ _CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _DOUBLE = {torch.float64, torch.complex128}
 
 aten = torch.ops.aten
-_INDEXING = {
-    *(aten.index.Tensor, aten.index.Tensor_out, aten.index_put_.default, aten._index_put_impl_.default),
-}
+_INDEXING = {aten.index.Tensor, aten.index.Tensor_out, aten.index_put_.default, aten._index_put_impl_.default}
 """Operations that take indices on the CPU, too, and wait for the device where these are a mask."""
 
 _WAITING = {aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten._unique2.default}
@@ -238,10 +237,6 @@ def _resize(tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:
     return _set(tensor, fresh.untyped_storage(), 0, fresh.shape, fresh.stride())
 
 
-def _convolution(*args: Any) -> Any:
-    return _run(aten.convolution.default, *args)
-
-
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Any:
     *geometry, mask = options
     return _run(aten.convolution_backward.default, grad, x, weight, [weight.shape[0]], *geometry, mask)
@@ -278,7 +273,7 @@ def _register() -> list[torch.library.Library]:
         "set_.source_Storage": _set_to_all,
         "as_strided": _as_strided,
         "resize_": _resize,
-        "convolution_overrideable": _convolution,
+        "convolution_overrideable": functools.partial(_run, aten.convolution.default),
         "convolution_backward_overrideable": _convolution_backward,
     }
     for name, kernel in kernels.items():

@@ -88,9 +88,7 @@ def test_a_third_rule_and_a_new_scalar(
     assert row["picked_by"] == "highest C_t, lowest λ_max, lowest trace"
 
 
-def test_a_rule_without_a_checkpoint_callback_has_its_picks_computed_and_drawn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_rule_without_a_checkpoint_callback_has_its_picks_computed_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     needy = CheckpointRule("highest_r_e", "highest Δr_e", "Δr_e", lambda a: a.delta_r_e, needs=("assessment",))
     monkeypatch.setitem(RULES, RULE.name, RULE)
     monkeypatch.setitem(RULES, needy.name, needy)

@@ -30,9 +30,7 @@ def test_the_p_values_are_those_of_all_flips_of_students_t() -> None:
     largest = np.array([student(signs * gains).max() for signs in flips])
     expected = [(largest >= t * (1 - 1e-9)).mean() for t in student(gains)]
     assert compare(gains).p_values == pytest.approx(expected, abs=1e-12)
-
-
-def test_random_flips_give_nearly_the_p_values_of_all() -> None:
+    # Of many runs random flips give nearly the same.
     gains = noise(MAX_ENUMERATED_RUNS + 1, 1) + 0.4
     exact = stats.permutation_test(
         (gains[:, 0],), np.mean, permutation_type="samples", n_resamples=10**6, alternative="two-sided"
@@ -42,11 +40,15 @@ def test_random_flips_give_nearly_the_p_values_of_all() -> None:
     assert ours == pytest.approx(exact.pvalue, abs=4 * math.sqrt(exact.pvalue / 9999))
 
 
-def test_equal_rules_need_no_correction_and_others_do() -> None:
+def test_equal_rules_need_no_correction_and_order_and_unit_make_no_difference() -> None:
     gains = noise(10, 1) + 0.8
     [alone] = compare(gains).p_values
     assert compare(np.hstack([gains] * 20)).p_values == pytest.approx(alone)
     assert compare(np.hstack([gains, noise(10, 5, seed=1)])).p_values[0] > alone
+    gains = noise(9, 4) + 0.5
+    ours, other = compare(gains), compare(gains[::-1, ::-1] * 1e-6)
+    assert other.p_values[::-1] == pytest.approx(ours.p_values)
+    assert compare(1e6 * gains).low == pytest.approx(1e6 * ours.low)
 
 
 def test_a_rule_that_rarely_picks_does_not_hide_the_others() -> None:
@@ -58,13 +60,6 @@ def test_a_rule_that_rarely_picks_does_not_hide_the_others() -> None:
     assert found.p_values[0] == before
     assert found.p_values[1] > 0.05
     assert np.isnan(found.low[1])
-
-
-def test_the_order_and_the_unit_of_gains_make_no_difference() -> None:
-    gains = noise(9, 4) + 0.5
-    ours, other = compare(gains), compare(gains[::-1, ::-1] * 1e-6)
-    assert other.p_values[::-1] == pytest.approx(ours.p_values)
-    assert compare(1e6 * gains).low == pytest.approx(1e6 * ours.low)
 
 
 # Few runs -------------------------------------------------------------------------------------------------------------
