@@ -219,9 +219,7 @@ def test_table_of_calibrated_intervals(written: Written) -> None:
     proven = [row for row, cells in zip(rows, found, strict=True) if cells[2] == "proven"]
     seen = {(row["runs"], row["covered"], row["saved"]) for row in proven}
     assert seen == {(runs, "100.0%", "0%") for runs in ("synthetic", "networks")}
-
-
-def test_the_tridiagonal_matrix_follows_from_the_quadrature_rule() -> None:
+    # The tridiagonal matrix follows from the quadrature rule.
     alphas, betas = np.array([0.5, -1.0, 2.0, 0.1]), np.array([1.0, 0.7, 0.2, 0.3])
     found = calibrated_intervals.jacobi(*gauss_quadrature(alphas, betas))
     np.testing.assert_allclose(found, [alphas, betas], rtol=0, atol=1e-13)

@@ -172,7 +172,7 @@ def test_one_run_names_the_rivals_of_its_picks() -> None:
     assert judge([records, copy.deepcopy(records)], "val_acc").notes == found.notes[:1] + found.notes[-1:]
 
 
-def test_no_evidence() -> None:
+def test_no_evidence_and_evidence_for_and_against() -> None:
     found = judge(runs(12, effect=0.005), "val_acc", rules=TWO)
     best, other = sorted((row(found, name) for name in TWO), key=lambda r: -r["gain_over_last"])
     gain, low, high = (100 * best[f"{key}_over_last"] for key in ("gain", "low", "high"))
@@ -182,9 +182,6 @@ def test_no_evidence() -> None:
         f"Over 12 runs no rule is evidently better than the last epoch; the largest gain, {best['title']}, is "
         f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}]."
     )
-
-
-def test_evidence_for_and_against() -> None:
     better = judge(runs(12, effect=0.05), "val_acc", rules=TWO).sentence
     assert better.startswith("Over 12 runs highest C_t (+5.")
     assert " is evidently better than the last epoch." in better
@@ -339,15 +336,12 @@ def metrics_file(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def test_old_runs_without_metrics_say_what_to_do(tmp_path: Path) -> None:
+def test_runs_without_metrics_say_what_to_do_and_an_unknown_metric_lists_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no index.json"):
         judge(tmp_path, "val_acc")
     saved(tmp_path, RUN)
     with pytest.raises(ValueError, match=r"no metrics: either they were made before .* CSV file: `metrics` in Python"):
         judge(tmp_path, "val_acc")
-
-
-def test_an_unknown_metric_lists_those_there_are() -> None:
     known = "no record of these runs has the metric 'acc': they have test_acc, val_acc, val_loss"
     with pytest.raises(ValueError, match=known):
         judge([RUN], "acc")
@@ -411,16 +405,14 @@ def test_payloads_are_judged_as_records_are() -> None:
     assert "Left out, without the metric: none." in found.notes
 
 
-def test_a_rule_and_a_baseline_that_never_pick_in_the_same_run() -> None:
+def test_a_rule_and_a_baseline_that_never_pick_in_the_same_run_and_values_that_overflow() -> None:
     """In half of the runs all analyses failed, and the others have no validation loss."""
     failed = [SpectrumRecord(n, n + 1, None, "no memory", metrics={"val_acc": 0.5, "val_loss": 1.0}) for n in range(2)]
     found = judge([[record(0, val_acc=0.5), record(1, val_acc=0.6)], failed], "val_acc")
     of_rule = row(found, "highest_c_t")
     assert math.isfinite(of_rule["gain_over_last"])
     assert math.isnan(of_rule["gain_over_lowest_validation_loss"])
-
-
-def test_values_of_which_sums_would_overflow_count_as_infinite() -> None:
+    # Values of which sums would overflow count as infinite.
     wild = [
         [record(0, -0.1, val_acc=1e308), record(1, -0.2, val_acc=-1e308), record(2, -0.3, val_acc=0.5)]
         for _ in range(7)

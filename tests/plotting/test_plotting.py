@@ -160,12 +160,19 @@ class TestCumulative:
             inside = (least < expected) & (expected < most) & (thresholds != 0)
             np.testing.assert_allclose(line[inside], expected[inside], atol=1e-9)
 
-    def test_eigenvalues_of_zero_are_beyond_it_on_neither_side(self):
+    def test_converged_nodes_have_narrow_bands_and_zero_is_beyond_it_on_neither_side(self):
         found = spectrum(-1.0, 0.0, 2.0, dimension=3)
         for is_above, at in ((False, -1), (True, 0)):
             thresholds, numbers = numbers_beyond(found, is_above=is_above)
             assert thresholds[at] == 0.0
             assert numbers[1, at] == pytest.approx(1.0)
+        exact = spectrum(-1.0, 0.5, 2.0, dimension=3)
+        for is_above, expected in ((False, {0, 1}), (True, {0, 1, 2})):
+            thresholds, (least, found, most) = numbers_beyond(exact, is_above=is_above)
+            wide = np.diff(thresholds, append=2 * thresholds[-1] if is_above else 0.0) > 1e-6
+            assert least[wide] == pytest.approx(most[wide])
+            assert least[wide] == pytest.approx(found[wide])
+            assert set(found[wide].round()) <= expected
 
     def test_bands_are_the_bounds(self):
         found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
@@ -180,15 +187,6 @@ class TestCumulative:
                 if (at > 0) is is_above:
                     ends = (100 * (1 - most), 100 * (1 - least)) if is_above else (100 * least, 100 * most)
                     assert {(float(at), round(max(end, BOTTOM), 6)) for end in ends} <= corners
-
-    def test_bands_are_as_narrow_as_the_lines_where_nodes_have_converged(self):
-        exact = spectrum(-1.0, 0.5, 2.0, dimension=3)
-        for is_above, expected in ((False, {0, 1}), (True, {0, 1, 2})):
-            thresholds, (least, found, most) = numbers_beyond(exact, is_above=is_above)
-            wide = np.diff(thresholds, append=2 * thresholds[-1] if is_above else 0.0) > 1e-6
-            assert least[wide] == pytest.approx(most[wide])
-            assert least[wide] == pytest.approx(found[wide])
-            assert set(found[wide].round()) <= expected
 
     @pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
     def test_every_kind_of_spectrum_can_be_drawn(self, nodes: tuple[float, ...]) -> None:
@@ -222,6 +220,14 @@ class TestLayers:
         assert ax.get_ylim() == (1.5, -0.5)  # the first layer is at the top
         assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
         assert [label.get_text() for label in ax.get_xticklabels()] == ["start", "4"]
+        # Another quantity, and mistakes.
+        ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
+        assert ax.collections[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
+        assert ax.get_xlabel() == "step"
+        with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
+            plot_layers(self.layers, "size")
+        with pytest.raises(ValueError, match="`history` has no values of layers"):
+            plot_layers({})
 
     def test_colors_are_logarithmic_or_a_root_that_keeps_signs(self):
         signed = plot_layers(self.layers).collections[0].norm
@@ -237,15 +243,6 @@ class TestLayers:
         assert ax.get_ylabel() == "layer of net.block"
         layers = {0: {"a": spectrum(1.0)}, 1: {"a": spectrum(2.0), "b": spectrum(3.0)}}
         assert plot_layers(layers).collections[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
-
-    def test_other_quantities_and_mistakes(self):
-        ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
-        assert ax.collections[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
-        assert ax.get_xlabel() == "step"
-        with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
-            plot_layers(self.layers, "size")
-        with pytest.raises(ValueError, match="`history` has no values of layers"):
-            plot_layers({})
 
     def test_colors_of_shares_end_at_0_and_1(self):
         layers = {0: {"a": spectrum(1.0), "b": spectrum(3.0)}, 1: {"a": spectrum(-3.0), "b": spectrum(4.0)}}

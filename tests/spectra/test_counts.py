@@ -226,14 +226,12 @@ class TestCumulativeBand:
         assert band >= 0.95 * total
         assert near >= 0.95 * total
 
-    def test_is_a_distribution(self):
+    def test_is_a_distribution_that_steps_and_converged_nodes_make_narrower(self):
         points, low, high = analyze(SPECTRA["both signs"], steps=(25, 8)).cumulative_band
         assert (np.diff(points) > 0).all()
         assert (np.diff([low, high]) >= 0).all()
         assert (low <= high).all()
         assert low[-1] == high[-1] == 1
-
-    def test_steps_and_converged_nodes_make_it_narrower(self):
         points, low, high = analyze(SPECTRA["outliers"]).cumulative_band
         between = np.flatnonzero((points[:-1] > 0.9) & (np.diff(points) > 0.1))
         assert len(between) == 8

@@ -186,13 +186,11 @@ class TestUndefinedReason:
         assert criteria.undefined_reason(2.0**-15, *arguments) is not None
         assert criteria.undefined_reason(1.001 * 2.0**-15, *arguments) is None
 
-    def test_short_weights_are_judged_by_a_step_of_unit_length(self):
+    def test_a_step_of_unit_length_or_more_and_errors_larger_than_all_eigenvalues(self):
         reason = criteria.undefined_reason(1e-9, 1.0, 1e-6, self.EPSILON)
         assert all(figure in reason for figure in ("1e-09", f"{self.EPSILON:.3g}"))
         assert criteria.undefined_reason(2.0**-23, 1.0, 1e-6, self.EPSILON) is not None
         assert criteria.undefined_reason(1.001 * 2.0**-23, 1.0, 1e-6, self.EPSILON) is None
-
-    def test_errors_larger_than_all_eigenvalues(self):
         assert criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=1.9) is None
         reason = criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=3.5)
         assert "2 in size, and the error of the products is 3.5" in reason

@@ -113,9 +113,10 @@ def test_failed_analyses_are_in_the_event_file(tmp_path: Path) -> None:
     assert told == [{**record, "findings": []} for record in json.loads(json.dumps(run_data(log_dir)["records"]))]
 
 
-def test_the_pick_is_that_of_the_checkpoint_callback(trained: tuple[Path, Any]) -> None:
+def test_the_pick_is_that_of_the_checkpoint_callback_and_the_report_agrees(trained: tuple[Path, Any]) -> None:
     folder, callback = trained
-    by_c_t, by_lambda_max = Tab(folder).get("records", **RUN)[1]["rules"]
+    tab = Tab(folder).get("records", **RUN)[1]
+    by_c_t, by_lambda_max = tab["rules"]
     best = callback.checkpoint.best
     assert by_c_t["pick"] == {"epoch": best.epoch, "global_step": best.global_step, "path": best.path}
     assert Path(by_c_t["pick"]["path"]).is_file()
@@ -131,11 +132,6 @@ def test_the_pick_is_that_of_the_checkpoint_callback(trained: tuple[Path, Any]) 
     assert by_lambda_max["candidates"] == list(near)
     assert by_lambda_max["pick"]["global_step"] == min(near, key=lambda step: near[step].lambda_max)
     assert by_lambda_max["pick"]["path"] is None
-
-
-def test_the_report_has_what_the_tab_has(trained: tuple[Path, Any]) -> None:
-    folder, _ = trained
-    tab = Tab(folder).get("records", **RUN)[1]
     ours = json.loads(json.dumps(run_data(folder / "net" / "version_0")))
     for key in ("records", "rules", "problems"):
         assert ours[key] == tab[key], key
@@ -286,7 +282,7 @@ def test_a_corrupt_event_file_costs_its_own_run_only(tmp_path: Path) -> None:
 # The frontend's files -------------------------------------------------------------------------------------------------
 
 
-def test_assets_come_from_installed_packages_and_nothing_else_is_served(trained: tuple[Path, Any]) -> None:
+def test_assets_come_from_packages_and_modules_import_only_those_before_them(trained: tuple[Path, Any]) -> None:
     tab = Tab(trained[0])
     for name in (*STATIC, "plotly.min.js"):
         answer = tab.client.get(f"/data/plugin/hesd/{name}")
@@ -295,10 +291,7 @@ def test_assets_come_from_installed_packages_and_nothing_else_is_served(trained:
         assert answer.mimetype == ("text/css" if name.endswith(".css") else "text/javascript")
     for name in ("report.js", "../plugin.py", "..%2fplugin.py", "%2e%2e/plugin.py", "static/index.js"):
         assert tab.client.get(f"/data/plugin/hesd/{name}").status_code == 404, name
-
-
-def test_modules_import_only_those_before_them() -> None:
-    """The report makes one script of them, in this order."""
+    # The report makes one script of the modules, in this order.
     for position, name in enumerate(SHARED):
         imported = [line.split('"')[1] for line in content(name).decode().splitlines() if ' from "' in line]
         assert set(imported) <= {f"./{earlier}" for earlier in SHARED[:position]}, name
