@@ -198,7 +198,7 @@ class Elements(HTMLParser):
         self.found += [tag, *(name for name, _ in attrs if name.startswith("on") or name in {"src", "href"})]
 
 
-def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
+def test_the_report_has_no_element_that_data_made_and_replaces_what_cannot_be_written(tmp_path: Path) -> None:
     def written(said: str) -> list[str]:
         folder = tmp_path / said.replace("/", "\N{DIVISION SLASH}")
         layers = {said: make_spectrum(-0.2)}
@@ -216,10 +216,7 @@ def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
         return page.found
 
     assert written(EVIL) == written("harmless")
-
-
-def test_texts_that_cannot_be_written_are_replaced(tmp_path: Path) -> None:
-    """Folders may have names that are no text in any encoding."""
+    # Folders may have names that are no text in any encoding.
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff"))
     history_of(SpectrumRecord(0, 4, make_spectrum(-0.1))).save(folder / "hesd")
     write_report(folder, tmp_path / "report.html")

@@ -198,10 +198,10 @@ class TestCount:
         assert list(highs) == sorted(highs)
         assert len(set(intervals)) == 3
 
-    @pytest.mark.parametrize(("above", "below"), [(1.0, 0.0), (1.0, 1.0), (math.nan, 1.0), (0.0, math.nan)])
-    def test_of_an_empty_interval_is_an_error(self, above, below):
-        with pytest.raises(ValueError, match="`above` must be less than `below`"):
-            analyze(SPECTRA["uniform"], steps=(3,)).count(above, below)
+    def test_of_an_empty_interval_is_an_error(self):
+        for above, below in ((1.0, 0.0), (1.0, 1.0), (math.nan, 1.0), (0.0, math.nan)):
+            with pytest.raises(ValueError, match="`above` must be less than `below`"):
+                analyze(SPECTRA["uniform"], steps=(3,)).count(above, below)
 
 
 def distribution(eigenvalues: np.ndarray, points: np.ndarray, side: str) -> np.ndarray:

@@ -37,10 +37,6 @@ def of_rules(nodes, weights, residuals=0.0, converged=()) -> Distribution:
     return spread(nodes, np.array(weights), np.full(nodes.shape, residuals), np.isin(nodes, converged))
 
 
-def density(nodes, weights, *args, **kwargs) -> tuple[np.ndarray, np.ndarray]:
-    return of_rules(nodes, weights).density(*args, **kwargs)
-
-
 def histogram(nodes, weights, *args) -> tuple[np.ndarray, np.ndarray]:
     return of_rules(nodes, weights).histogram(*args)
 
@@ -140,7 +136,7 @@ class TestDensity:
         ],
     )
     def test_integrates_to_one_on_the_default_grid(self, nodes, weights):
-        grid, values = density(np.array(nodes), np.array(weights))
+        grid, values = of_rules(nodes, weights).density()
         assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
         assert values.min() >= 0
 
@@ -162,21 +158,17 @@ class TestDensity:
         np.testing.assert_allclose(values[high], expected[high], rtol=1e-6)
 
     def test_default_sigma_is_one_percent_of_the_width(self):
-        nodes, weights = np.array([[-1.0, 4.0]]), np.array([[0.5, 0.5]])
-        _, default = density(nodes, weights, [-1.0, -0.9, 0.0])
-        _, explicit = density(nodes, weights, [-1.0, -0.9, 0.0], sigma=0.05)
+        found = of_rules([[-1.0, 4.0]], [[0.5, 0.5]])
+        (_, default), (_, explicit) = found.density([-1.0, -0.9, 0.0]), found.density([-1.0, -0.9, 0.0], sigma=0.05)
         assert default.tolist() == explicit.tolist()
 
-    @pytest.mark.parametrize(
-        ("wrong", "message"),
-        [
-            *(({"sigma": sigma}, "`sigma` must be positive") for sigma in (0.0, -1.0, NAN)),
-            *(({"grid": grid}, "`grid` must be one-dimensional") for grid in (0.5, [[0.0, 1.0]])),
-        ],
-    )
-    def test_refusals(self, wrong, message):
-        with pytest.raises(ValueError, match=message):
-            density(np.array([[1.0]]), np.array([[1.0]]), **wrong)
+    def test_refusals(self):
+        for sigma in (0.0, -1.0, NAN):
+            with pytest.raises(ValueError, match="`sigma` must be positive"):
+                UNIFORM.density(sigma=sigma)
+        for grid in (0.5, [[0.0, 1.0]]):
+            with pytest.raises(ValueError, match="`grid` must be one-dimensional"):
+                UNIFORM.density(grid)
 
 
 class TestHistogram:
