@@ -1,21 +1,17 @@
 """A page in a browser, and what the tests of the HESD tab and of the report ask of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from lightning_hesd import Judgment
+from lightning_hesd import Judgment
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -110,9 +106,7 @@ class Page:
         self.script(
             "const field = document.querySelector(arguments[0]); field.value = arguments[1];"
             "field.dispatchEvent(new Event(arguments[2]))",
-            selector,
-            value,
-            event,
+            *(selector, value, event),
         )
 
     def show_in_detail(self, run: str) -> None:
@@ -127,10 +121,7 @@ class Page:
     def slide(self, position: int, step: int) -> None:
         """Choose a state by its position on the slider, and wait for the state of this optimizer step."""
         self.change("#epoch", position, "input")
-        self.until(
-            "return document.querySelector('[data-detail]')?.dataset.detail.endsWith(` ${arguments[0]}`)",
-            step,
-        )
+        self.until("return document.querySelector('[data-detail]')?.dataset.detail.endsWith(` ${arguments[0]}`)", step)
 
     def traces(self, figure: str) -> list[dict[str, Any]]:
         """What Plotly has drawn, without the entries of the legend."""
@@ -155,20 +146,15 @@ class Page:
         )
 
     def until_texts(self, selector: str, expected: list[str]) -> None:
-        self.until(
-            "const found = [...document.querySelectorAll(arguments[0])].map((e) => e.textContent);"
-            "return JSON.stringify(found) === JSON.stringify(arguments[1])",
-            selector,
-            expected,
-        )
+        found = "[...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+        self.until(f"return JSON.stringify({found}) === JSON.stringify(arguments[1])", selector, expected)
 
     def click(self, selector: str, word: str = "") -> None:
         """Click the first of these elements that has this word in its text or title."""
         self.script(
             "[...document.querySelectorAll(arguments[0])]"
             ".find((e) => `${e.innerText} ${e.title}`.includes(arguments[1])).click()",
-            selector,
-            word,
+            *(selector, word),
         )
 
     def point_at(self, selector: str) -> None:

@@ -3,8 +3,6 @@
 Every problem is small enough for a dense Hessian, and smooth (no ReLU kink), so that the dense Hessian is exact.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -32,15 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="takes long: --slow"))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def frozen_modules() -> Iterator[None]:
-    """Leave what was imported out of garbage collections: a failed analysis begins one, which took half a second."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def no_figures_left() -> Iterator[None]:
     """Close the figures that pyplot keeps, as a notebook does at the end of a cell."""
@@ -65,27 +56,19 @@ def warnings_anew() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def entry_points_read_once() -> Iterator[None]:
-    """Let the first Trainer look for callbacks of installed packages: for each it takes as long as a short training."""
+def settings_of_all_tests() -> Iterator[None]:
+    """Save time where it is long for all, and let every test have every warning but those of long analyses."""
+    torch.set_warn_always(True)  # PyTorch gives some warnings only to the first test of a process
     with pytest.MonkeyPatch.context() as patch:
+        # The first Trainer looks for callbacks of installed packages: for each it takes as long as a short training.
         patch.setattr("lightning.fabric.utilities.registry.entry_points", functools.cache(entry_points))
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def every_warning_of_torch() -> Iterator[None]:
-    """Let PyTorch give each warning in every test that has it, and not only in the first one of its process."""
-    torch.set_warn_always(True)
-    yield
-    torch.set_warn_always(False)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def no_warnings_of_time() -> Iterator[None]:
-    """Let no analysis be too long: those of the tests take longer than their trainings of a few steps."""
-    with pytest.MonkeyPatch.context() as patch:
+        # Analyses of the tests take longer than their trainings of a few steps.
         patch.setattr("lightning_hesd.training.cost_notice.WARNED", math.inf)
+        gc.collect()
+        gc.freeze()  # leaves out what was imported: a failed analysis begins a collection, which took half a second
         yield
+        gc.unfreeze()
+    torch.set_warn_always(False)
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +76,12 @@ def single_thread() -> None:
     """Compute on one thread, whatever a test or a program before has set."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def problem_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what benchmarks store of their problems in a folder of the tests, and to one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.problems.CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(torch, "set_num_threads", lambda _: None)  # two threads wait for each other where all are busy
+        yield

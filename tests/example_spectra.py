@@ -1,7 +1,5 @@
 """A named population of spectra of dimension 500, with what makes the extremes of each hard or easy to find."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np

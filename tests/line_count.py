@@ -1,7 +1,5 @@
 """Counts the lines of Python that run: a measure of work that does not depend on the speed or load of the machine."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A meter of memory for our own networks, as a dispatch mode, which also sees what other threads free."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Slow and obvious answers to compare with: dense Hessians by PyTorch alone."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

@@ -1,7 +1,5 @@
 """Programs of the repository, run as a user runs them, but forked from a server that has loaded what loads slowly."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Losses that run out of memory, in the ways PyTorch and Python say so."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any

@@ -9,18 +9,15 @@ a process of its own. It uses PyTorch's backends in Python (private, and new), a
 each device, share memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 NAME = "standin"
 _DEVICE = 12  # `kDLExtDev`: DLPack's number for devices that are not its own
@@ -29,9 +26,7 @@ _CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _DOUBLE = {torch.float64, torch.complex128}
 
 aten = torch.ops.aten
-_INDEXING = {
-    *(aten.index.Tensor, aten.index.Tensor_out, aten.index_put_.default, aten._index_put_impl_.default),
-}
+_INDEXING = {aten.index.Tensor, aten.index.Tensor_out, aten.index_put_.default, aten._index_put_impl_.default}
 """Operations that take indices on the CPU, too, and wait for the device where these are a mask."""
 
 _WAITING = {aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten._unique2.default}
@@ -242,10 +237,6 @@ def _resize(tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:
     return _set(tensor, fresh.untyped_storage(), 0, fresh.shape, fresh.stride())
 
 
-def _convolution(*args: Any) -> Any:
-    return _run(aten.convolution.default, *args)
-
-
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Any:
     *geometry, mask = options
     return _run(aten.convolution_backward.default, grad, x, weight, [weight.shape[0]], *geometry, mask)
@@ -282,7 +273,7 @@ def _register() -> list[torch.library.Library]:
         "set_.source_Storage": _set_to_all,
         "as_strided": _as_strided,
         "resize_": _resize,
-        "convolution_overrideable": _convolution,
+        "convolution_overrideable": functools.partial(_run, aten.convolution.default),
         "convolution_backward_overrideable": _convolution_backward,
     }
     for name, kernel in kernels.items():

@@ -1,22 +1,17 @@
 """A small event folder with one state of every kind: for the HESD tab's part about one state."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_hesd import Spectrum
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from lightning_hesd.training.loggers.tensorboard import TensorBoardOutput
 from tests.example_spectra import analyze
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lightning_hesd import Spectrum
 
 FAILURE = "RuntimeError: <b>no memory</b> for the products"
 
@@ -33,6 +28,13 @@ LAYERS = {
     "model.encoder.norm": 0.002,
 }
 """Names of layers and their traces."""
+
+
+def history_of(*records: SpectrumRecord) -> SpectrumHistory:
+    """Return a history of these records."""
+    history = SpectrumHistory()
+    history.extend(records)
+    return history
 
 
 def found(eigenvalues: np.ndarray, loss: float = 0.2, **fields: Any) -> Spectrum:

@@ -1,7 +1,5 @@
 """Runs for the HESD tab: a real training, payloads of any content, and a TensorBoard that serves them."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json
@@ -12,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -33,9 +32,6 @@ from lightning_hesd.tensorboard_plugin.plugin import HESDLoader
 from lightning_hesd.training.loggers.tensorboard import TensorBoardOutput
 from tests.training.digits_run import Net, data
 from tests.training.scripted import make_trainer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 3

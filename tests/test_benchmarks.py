@@ -1,7 +1,5 @@
 """The benchmark's candidates compute the same, and its report has a place for everything, failures too."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -26,7 +24,6 @@ from benchmarks import (
     measure,
     one_run,
     overhead,
-    problems,
     reference_range,
     scale,
     tracking,
@@ -41,22 +38,17 @@ from lightning_hesd.numerics.inputs.architecture import architecture_of
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra.reference_table import PHASES, TABLE, read_states
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
+pytestmark = [
+    pytest.mark.usefixtures("problem_cache"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # curvlinops
+]
 
 EXACT = [name for name in measure.CANDIDATES if "difference" not in name]
 WHOLE = [name for name, candidate in measure.CANDIDATES.items() if candidate.density]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problems, "CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(torch, "set_num_threads", lambda _: None)  # two threads wait for each other where all are busy
-        yield
-
-
 @pytest.fixture(scope="module", params=[1, 8])
-def entry(request: pytest.FixtureRequest, cache: None) -> dict[str, Any]:
+def entry(request: pytest.FixtureRequest, problem_cache: None) -> dict[str, Any]:
     """A problem with everything measured."""
     pieces = request.param
     truth = true_c_t("mlp", "quick")
@@ -97,15 +89,15 @@ def test_whole_runs_find_c_t(entry: dict[str, Any], name: str) -> None:
     assert result["error"] <= TOLERANCE
     assert result["density_products"] >= measure.nodes("quick")
     assert result["c_t_seconds"] > 0
-    if "hindsight" in result and result["hindsight"] is not None:
+    if result.get("hindsight") is not None:
         assert 1 < result["hindsight"] <= measure.nodes("quick")
 
 
 def test_profile_finds_every_part(entry: dict[str, Any]) -> None:
-    profile = entry["profile"]
-    assert set(profile["parts"]) == set(PARTS)
-    assert all(seconds > 0 for seconds in profile["parts"].values())
-    assert sum(profile["parts"].values()) < profile["seconds"]
+    parts = entry["profile"]["parts"]
+    assert set(parts) == set(PARTS)
+    assert min(parts.values()) > 0
+    assert sum(parts.values()) < entry["profile"]["seconds"]
 
 
 def test_report_has_everything(entry: dict[str, Any], tmp_path: Path) -> None:
@@ -200,9 +192,8 @@ def test_table_of_large_models(written: Written, monkeypatch: pytest.MonkeyPatch
     assert [row[3:5] for row in rows] == [["graph", "device"], ["recompute", "none"]]
     extremes = [[float(value) for value in row[-3:-1]] for row in rows]
     assert extremes[0] == pytest.approx(extremes[1], rel=1e-4)
-    error = re.search(r"a product differs from that in float64 by (\S+) of its norm", text)
-    assert error is not None
-    assert float(error.group(1)) <= 20 * torch.finfo(torch.float32).eps
+    [error] = re.findall(r"a product differs from that in float64 by (\S+) of its norm", text)
+    assert float(error) <= 20 * torch.finfo(torch.float32).eps
 
 
 def test_table_of_whole_trainings(written: Written) -> None:
@@ -226,13 +217,9 @@ def test_table_of_calibrated_intervals(written: Written) -> None:
     found = rows_of(written(calibrated_intervals, "--quick"))[1:]
     rows = [dict(zip(calibrated_intervals.HEADER, row, strict=True)) for row in found]
     proven = [row for row, cells in zip(rows, found, strict=True) if cells[2] == "proven"]
-    assert {(row["runs"], row["covered"], row["saved"]) for row in proven} == {
-        ("synthetic", "100.0%", "0%"),
-        ("networks", "100.0%", "0%"),
-    }
-
-
-def test_the_tridiagonal_matrix_follows_from_the_quadrature_rule() -> None:
+    seen = {(row["runs"], row["covered"], row["saved"]) for row in proven}
+    assert seen == {(runs, "100.0%", "0%") for runs in ("synthetic", "networks")}
+    # The tridiagonal matrix follows from the quadrature rule.
     alphas, betas = np.array([0.5, -1.0, 2.0, 0.1]), np.array([1.0, 0.7, 0.2, 0.3])
     found = calibrated_intervals.jacobi(*gauss_quadrature(alphas, betas))
     np.testing.assert_allclose(found, [alphas, betas], rtol=0, atol=1e-13)
@@ -262,8 +249,7 @@ def test_table_of_findings(tmp_path: Path, written: Written, monkeypatch: pytest
     """A planted fault, a training that is taken for healthy, and recorded ones; trainings are recorded once."""
     steps = {"steps": 2}
     planted = findings.Case("two steps", "short_run", analysis=steps)
-    missed = findings.Case("two steps, too", "failed", analysis=steps)
-    monkeypatch.setattr(findings, "FAULTS", (planted, missed))
+    monkeypatch.setattr(findings, "FAULTS", (planted, findings.Case("two steps, too", "failed", analysis=steps)))
     monkeypatch.setattr(findings, "HEALTHY", (findings.Case("healthy", analysis=steps),))
     recorded = tmp_path / "recorded" / "mlp-too-long-00"
     findings.train(planted, 0, findings.QUICK).save(recorded / "hesd")

@@ -1,7 +1,5 @@
 """The code of the README and of the documentation runs as it stands there."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil
@@ -114,6 +112,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
+    options = ("accelerator=cpu", "logger=false", f"max_epochs={EPOCHS}")
     for block in blocks(page, "yaml"):
         (tmp_path / "page.yaml").write_text(block, encoding="utf-8")
         cli = LightningCLI(
@@ -121,14 +120,7 @@ def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch:
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=[
-                "fit",
-                "--config",
-                "page.yaml",
-                "--trainer.accelerator=cpu",
-                "--trainer.logger=false",
-                f"--trainer.max_epochs={EPOCHS}",
-            ],
+            args=["fit", "--config", "page.yaml", *(f"--trainer.{option}" for option in options)],
         )
         callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
         (found,) = (c for c in callbacks if isinstance(c, HessianSpectrumCallback))
@@ -152,12 +144,9 @@ def test_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
-def test_files_it_names_exist(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+def test_files_it_names_exist_and_its_code_is_in_languages_that_are_tested(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
         if "://" not in link:
             assert (page.parent / link.partition("#")[0]).resolve().is_file(), link
-
-
-def test_code_is_in_languages_that_are_tested() -> None:
-    languages = {language for page in PAGES for language in re.findall(r"```(\w+)\n", page.read_text(encoding="utf-8"))}
-    assert languages <= {"python", "bash", "yaml"}
+    assert set(re.findall(r"```(\w+)\n", text)) <= {"python", "bash", "yaml", "text"}

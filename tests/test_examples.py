@@ -1,7 +1,5 @@
 """The examples run, and say what they promise."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
@@ -48,13 +46,8 @@ def test_digits(tmp_path: Path) -> None:
     events.Reload()
     assert {"hesd/c_t", "hesd/lambda_max", "train_acc", "gen_acc"} <= set(events.Tags()["scalars"])
     assert events.Tags()["histograms"] == ["hesd/density", "hesd_gen/density"]
-    drawn = (
-        "hesd/density_figure",
-        "hesd/losses_along_figure",
-        "hesd_gen/density_figure",
-        "hesd_gen/losses_along_figure",
-    )
-    assert sorted(events.Tags()["images"]) == list(drawn)
+    drawn = [f"{name}/{kind}_figure" for name in ("hesd", "hesd_gen") for kind in ("density", "losses_along")]
+    assert sorted(events.Tags()["images"]) == drawn
 
 
 def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +109,7 @@ def test_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.filterwarnings("ignore:lightning_hesd. none of the epochs with nearly the best:RuntimeWarning")
 def test_segmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--epochs=4", "--steps=6", "--images=64", f"--log-dir={tmp_path}"]
-    module, spectra, rule = segmentation.main(arguments)
+    module, spectra, rule = segmentation.main(["--epochs=4", "--steps=6", "--images=64", f"--log-dir={tmp_path}"])
     analyzed(spectra.history, [1, 3])
     assert rule.best is not None
     assert Path(rule.best_model_path).exists()
@@ -125,9 +117,7 @@ def test_segmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert re.search(rf"^ +{rule.best.epoch} .* picked$", printed, re.MULTILINE)
     assert re.search(r"^The pick has an IoU of 0\.\d+ on other images\.$", printed, re.MULTILINE)
-
-
-def test_pixels_on_edges_do_not_count() -> None:
+    # Pixels on edges do not count.
     images, labels = segmentation.shapes(4, seed=0).tensors
     assert segmentation.labeled_pixels([images, labels]) == sum(int((labels == c).sum()) for c in range(3))
     assert set(labels.unique().tolist()) == {0, 1, 2, segmentation.EDGE}

@@ -1,7 +1,5 @@
 """The small form of `python -m benchmarks.gpu` holds on the CPU, and reports failures, of checks and of processes."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator
@@ -10,19 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import problems
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu.finding import Finding, Setting
 from tests.programs import run_program
 
+pytestmark = pytest.mark.usefixtures("problem_cache")
+
 CPU = Setting(torch.device("cpu"), is_small=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problems, "CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -42,9 +34,8 @@ def failing(setting: Setting) -> Iterator[Finding]:
 def test_a_failing_check_does_not_stop_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        program, "CHECKS", {"first": failing, "second": lambda _: iter([Finding("another", "needs CUDA", "")])}
-    )
+    checks = {"first": failing, "second": lambda _: iter([Finding("another", "needs CUDA", "")])}
+    monkeypatch.setattr(program, "CHECKS", checks)
     monkeypatch.setattr("sys.argv", ["", "--device", "cpu", "--together", "--out", str(tmp_path)])
     assert program.main() == 1
     page = (tmp_path / "gpu.md").read_text(encoding="utf-8")

@@ -1,7 +1,5 @@
 """The harness for other libraries tells the same from the different, and its recipes are of libraries that it knows."""
 
-from __future__ import annotations
-
 import re
 import sys
 import warnings

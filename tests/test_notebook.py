@@ -1,7 +1,5 @@
 """The notebook runs, shows figures and tables, and its page in the documentation is that of its present cells."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -38,11 +36,8 @@ def test_it_runs_and_shows_figures_and_tables(tmp_path: Path) -> None:
     assert "hesd: highest C_t picks epoch " in text
 
 
-def test_its_page_is_up_to_date() -> None:
+def test_its_page_is_up_to_date_and_it_has_no_outputs() -> None:
     text = assert_shows_the_notebook(HERE / "results" / "first_steps.md")
     assert all((HERE / "results" / name).is_file() for name in re.findall(r"first_steps-\d+\.png", text))
-
-
-def test_it_has_no_outputs() -> None:
     notebook = json.loads((HERE / "first_steps.ipynb").read_text(encoding="utf-8"))
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])

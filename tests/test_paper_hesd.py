@@ -1,7 +1,5 @@
 """The reproduction of arXiv:2504.17618: it runs as a whole, and its parts do what the report says."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
@@ -39,9 +37,12 @@ def reproduce(out: Path, *options: str) -> str:
     return run_python("-m", "examples.paper_hesd", "--quick", "--out", str(out), *TINY, *options)
 
 
+def report_text(out: Path) -> str:
+    return (out / "report.md").read_text(encoding="utf-8")
+
+
 def sections(out: Path) -> dict[str, str]:
-    report = (out / "report.md").read_text(encoding="utf-8")
-    parts = re.split(r"^## ", report, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^## ", report_text(out), flags=re.MULTILINE)[1:]
     return {re.split(r"[.\n]", part)[0]: part for part in parts}
 
 
@@ -55,24 +56,16 @@ def test_everything_once(tmp_path: Path) -> None:
         assert title in parts["Summary"]
         assert "not run" not in parts[title]
     for title in TITLES[4:]:
-        image = re.search(r"!\[.*\]\((.*)\)", parts[title])
-        if title == "Figure 2":  # no network is trained enough
-            assert image is None
-        else:
-            assert image is not None
-            assert (tmp_path / image[1]).read_bytes().startswith(b"\x89PNG")
+        images = re.findall(r"!\[.*\]\((.*)\)", parts[title])
+        assert len(images) == (title != "Figure 2")  # for which no network is trained enough
+        assert all((tmp_path / image).read_bytes().startswith(b"\x89PNG") for image in images)
     assert "| VIT small | cinic | cifar | SGD | MP | 99 | 43 |" in parts["Table 1"]
     assert len(re.findall(r"^\| (ResNet|ViT) \| digits", parts["Table 1"], re.MULTILINE)) == 5
-    assert all(line.rstrip(" |").endswith(("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")) for line in
-               parts["Runs"].splitlines()[4:] if line), "an analysis failed"  # fmt: skip
+    assert all(line.rstrip(" |")[-1].isdigit() for line in parts["Runs"].splitlines()[4:] if line), "an analysis failed"
     for name in RULES:
         assert len(re.findall(rf"^\| {re.escape(name)} \|", report_text(tmp_path), re.MULTILINE)) >= 2
 
     assert set(re.findall(r"(\d+) runs to do", reproduce(tmp_path))) == {"0"}
-
-
-def report_text(out: Path) -> str:
-    return (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_one_experiment_on_image_folders(tmp_path: Path) -> None:
@@ -225,7 +218,6 @@ def test_paired_differences() -> None:
 
 def test_verdicts_on_types() -> None:
     mp, mn, unsure = spectrum(-0.1, 1.0), spectrum(-0.9, 1.0), spectrum(-0.59, 1.0, residual=0.2)
-    assert (mp.hesd_type, mn.hesd_type, unsure.hesd_type, unsure.type_certain) == ("MP", "MN", "MP", False)
     cannot = "cannot be seen at this scale"
     assert more_often([mn] * 6 + [mp] * 4, [mp] * 10) == "agrees"
     assert more_often([mp] * 10, [mn] * 6 + [mp] * 4) == "differs"
@@ -260,7 +252,7 @@ def test_image_folders(tmp_path: Path) -> None:
     image, label = folder[10]
     assert (image.shape, label) == ((3, 6, 8), 1)
     generator = np.random.default_rng(0)
-    expected = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in range(11)][10]
+    expected = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in range(11)][-1]
     assert np.allclose(image.permute(1, 2, 0).numpy() * 255, expected, atol=0.01)
 
     setup = Setup(train_folder=str(tmp_path / "train"), gen_folder=str(tmp_path / "gen"), train_size=15)

@@ -1,21 +1,16 @@
 """The study of the checkpoint rules: a small one runs, and its report says what the stored runs hold."""
 
-from __future__ import annotations
-
 import csv
 import re
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import pytest
 
 from examples.rule_study import report, training
 from examples.rule_study.training import Training, is_done, run
 from lightning_hesd import SpectrumHistory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SEEDS = 2
 

@@ -1,12 +1,11 @@
 """The study of sample sizes: it runs as a whole, and its rules tell what agrees from what does not."""
 
-from __future__ import annotations
-
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +23,6 @@ from examples.shared import AGREES, DIFFERS, UNSEEN
 from lightning_hesd.sample_size.loss_differences import differences_of
 from tests.programs import run_python
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 TINY = Setup(epochs=1, orders=4, steps=4, extractor_epochs=1)
 QUICKEST = ["--quick", "--seeds", "2", "--epochs", "2", "--jobs", "1"]
 NAN = Interval(math.nan, math.nan, math.nan)
@@ -34,13 +30,10 @@ NAN = Interval(math.nan, math.nan, math.nan)
 # The program
 
 
-def study(out: Path) -> str:
-    return run_python("-m", "examples.sample_study", "--out", str(out), *QUICKEST)
-
-
 @pytest.mark.slow
 def test_everything_once(tmp_path: Path) -> None:
-    assert "20 runs to do, 0 finished earlier" in study(tmp_path)
+    said = run_python("-m", "examples.sample_study", "--out", str(tmp_path), *QUICKEST)
+    assert "20 runs to do, 0 finished earlier" in said
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     parts = dict(re.findall(r"^## (.*)\n\n((?:(?!^## ).*\n?)*)", report, re.MULTILINE))
     line = r"^\| (.*?) \| (pixels|features|both) \| .* \| \*\*(?:agrees|differs|cannot be seen at this scale)\*\* \|$"
@@ -91,11 +84,9 @@ def test_networks_are_the_papers() -> None:
 
 def test_features_are_made_once(tmp_path: Path) -> None:
     x, y = load(PIXELS, TINY, tmp_path)
-    assert x.shape == (1797, 64)
-    assert (x.min(), x.max()) == (0, 1)
+    assert (x.shape, x.min(), x.max()) == ((1797, 64), 0, 1)
     z, again = load(FEATURES, TINY, tmp_path)
-    assert z.shape == x.shape
-    assert (z.min(), z.max()) == (0, 1)
+    assert (z.shape, z.min(), z.max()) == (x.shape, 0, 1)
     assert torch.equal(y, again)
     stamp = next(tmp_path.glob("features-*")).stat().st_mtime_ns
     assert 0.25 < features(x, TINY, tmp_path)[1] <= 1
@@ -120,11 +111,14 @@ def test_displacements(tmp_path: Path) -> None:
 # Statistics
 
 
-def test_intervals_are_students() -> None:
+def test_intervals_are_students_and_correlations_spearmans() -> None:
     values = np.random.default_rng(0).normal(size=7)
     low, high = stats.t.interval(0.95, 6, values.mean(), stats.sem(values))
     assert student([*values, math.nan]) == pytest.approx((values.mean(), low, high), abs=1e-4)
     assert student([1.0]).shown() == "undefined"
+    first, second = np.random.default_rng(1).normal(size=(2, 6))
+    assert trends.rank_correlation(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert math.isnan(trends.rank_correlation(first[:2], second[:2]))
 
 
 def test_trends_of_powers_and_of_dead_networks() -> None:
@@ -138,12 +132,6 @@ def test_trends_of_powers_and_of_dead_networks() -> None:
     assert trend(values, sizes).slope == pytest.approx(found.slope)
     assert trend(values, sizes).change == pytest.approx(student([6, 9]))
     assert trend(np.exp([[0, 5, 0, 5.1]] * 2), sizes).straightness < 0.5
-
-
-def test_rank_correlation() -> None:
-    first, second = np.random.default_rng(1).normal(size=(2, 6))
-    assert trends.rank_correlation(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
-    assert math.isnan(trends.rank_correlation(first[:2], second[:2]))
 
 
 # Rules
@@ -193,9 +181,8 @@ NUMBERS = Numbers(accuracy=1, ggn=1, hessian=1, weight_norm=1, largest_entry=0.0
 def made(spread: Callable[[Run], float], farther: float = 2, **numbers: Callable[[Run], float]) -> Outcomes:
     """Return outcomes with this spread of the losses, their mean as large, and 2 % of noise between seeds."""
     generator = np.random.default_rng(0)
-    states: dict[str, dict[Run, State]] = {}
+    states: dict[str, dict[Run, State]] = {state: {} for state in STATES}
     for state in STATES:
-        states[state] = {}
         for settings in MADE.runs():
             losses = spread(settings) * (1 + 0.5 * generator.uniform(-1, 1, size=400)) * (1 + generator.normal() / 50)
             moved = (Displaced(0.0, 0.0, 1.0, 0.5), Displaced(0.3, 1.0, farther * (1 + generator.normal() / 50), 1.0))
@@ -214,19 +201,15 @@ DEEP_SLIGHT, WIDE_SLIGHT = "The change with the number of layers", "The change w
 
 
 def test_statements_agree() -> None:
-    data = made(
-        lambda r: 1.05**r.depth / r.width**0.1,
-        hessian=lambda r: r.width**0.5 * math.exp(r.depth),
-        ggn=lambda r: 9.0,
-    )
+    norm = {"hessian": lambda r: r.width**0.5 * math.exp(r.depth), "ggn": lambda r: 9.0}
+    data = made(lambda r: 1.05**r.depth / r.width**0.1, **norm)
     found = statements(data)
     assert [s.finding for s in found if s.finding.verdict != AGREES] == []
     assert len(found) == 24
     assert [s.seen for s in found if s.finding.claim.startswith(DEEPER)] == ["it grows"] * 2
     assert [s.seen for s in found if s.finding.claim.startswith(WIDER)] == ["it falls"] * 2
-    slope = trend_of(data, PIXELS, TRAINED, DEPTH, "‖H‖").slope
-    assert slope.mean == pytest.approx(1)
-    assert trend_of(data, PIXELS, TRAINED, WIDTH, "‖H‖").slope.mean == pytest.approx(0.5)
+    for axis, slope in ((DEPTH, 1), (WIDTH, 0.5)):
+        assert trend_of(data, PIXELS, TRAINED, axis, "‖H‖").slope.mean == pytest.approx(slope)
     assert len(at_initialization(data)) == 16
 
 

@@ -1,7 +1,5 @@
 """Attacks with a name: what a file, a checkpoint or a run of a stranger could try. Damage by chance: test_fuzz.py."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -23,16 +21,10 @@ from lightning_hesd.commands.results import summary_of
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload, selection_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
+from tests.states import history_of
 from tests.tab import Tab, data_of_report, write_payloads
-from tests.training.scripted import (
-    Epoch,
-    ScriptedModule,
-    ScriptedSource,
-    loader,
-    make_spectrum,
-    make_trainer,
-    run_script,
-)
+from tests.training import scripted
+from tests.training.scripted import Epoch, make_spectrum
 
 MEBIBYTE = 2**20
 
@@ -146,11 +138,12 @@ def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
 # Paths ----------------------------------------------------------------------------------------------------------------
 
 
-def test_names_in_an_index_are_looked_up_in_its_folder_only(tmp_path: Path) -> None:
+def test_a_callback_writes_to_a_folder_of_its_own_and_reads_names_in_an_index_there_only(tmp_path: Path) -> None:
+    for name in ("..", "."):
+        with pytest.raises(ValueError, match="`name` must be a non-empty text without '/'"):
+            HessianSpectrumCallback(name=name)
     make_spectrum(-0.9).save(tmp_path / "secret.npz")
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(0, 4, make_spectrum(-0.1)))
-    history.save(tmp_path / "hesd")
+    history_of(SpectrumRecord(0, 4, make_spectrum(-0.1))).save(tmp_path / "hesd")
     index = tmp_path / "hesd" / "index.json"
     text = index.read_text()
     for name in ("../secret.npz", str(tmp_path / "secret.npz"), "..", ".", "../hesd/../secret.npz"):
@@ -167,9 +160,9 @@ def test_a_resumed_checkpoint_cannot_have_other_files_deleted(tmp_path: Path) ->
     script = [Epoch(-0.3), Epoch(-0.2)]
 
     def callbacks() -> list[Any]:
-        return [ScriptedSource(script), HessianCheckpoint(dirpath=folder, save_last=True)]
+        return [scripted.ScriptedSource(script), HessianCheckpoint(dirpath=folder, save_last=True)]
 
-    run_script(tmp_path, script[:1], callbacks())
+    scripted.run_script(tmp_path, script[:1], callbacks())
     state = torch.load(folder / "last.ckpt", weights_only=True)
     (key,) = (key for key in state["callbacks"] if "HessianCheckpoint" in key)
     ours = state["callbacks"][key]
@@ -182,17 +175,11 @@ def test_a_resumed_checkpoint_cannot_have_other_files_deleted(tmp_path: Path) ->
     for target in targets:
         target.parent.mkdir(exist_ok=True)
         target.write_text("precious")
-    trainer = make_trainer(tmp_path, callbacks(), len(script))
-    trainer.fit(ScriptedModule(script), loader(), ckpt_path=tmp_path / "evil.ckpt")
+    trainer = scripted.make_trainer(tmp_path, callbacks(), len(script))
+    trainer.fit(scripted.ScriptedModule(script), scripted.loader(), ckpt_path=tmp_path / "evil.ckpt")
     assert [c.epoch for c in trainer.checkpoint_callback.candidates] == [1]
     assert not Path(candidate["path"]).exists()  # ours, and beaten
     assert [target.read_text() for target in targets] == ["precious"] * 3
-
-
-@pytest.mark.parametrize("name", ["..", "."])
-def test_a_callback_writes_to_a_folder_of_its_own(name: str) -> None:
-    with pytest.raises(ValueError, match="`name` must be a non-empty text without '/'"):
-        HessianSpectrumCallback(name=name)
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------
@@ -211,13 +198,12 @@ class Elements(HTMLParser):
         self.found += [tag, *(name for name, _ in attrs if name.startswith("on") or name in {"src", "href"})]
 
 
-def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
+def test_the_report_has_no_element_that_data_made_and_replaces_what_cannot_be_written(tmp_path: Path) -> None:
     def written(said: str) -> list[str]:
         folder = tmp_path / said.replace("/", "\N{DIVISION SLASH}")
-        history = SpectrumHistory()
-        history.append(SpectrumRecord(0, 4, None, error=said))
-        history.append(SpectrumRecord(1, 8, make_spectrum(-0.1), layers={said: make_spectrum(-0.2)}))
-        history.save(folder / "hesd")
+        layers = {said: make_spectrum(-0.2)}
+        records = SpectrumRecord(0, 4, None, error=said), SpectrumRecord(1, 8, make_spectrum(-0.1), layers=layers)
+        history_of(*records).save(folder / "hesd")
         candidate = Candidate(1, 8, -0.5, -0.1, mainly_positive=True, path=said)
         selection = SelectionEvent(said, said, "min", CandidateFilter(0.05, require_mp=True), candidate, candidate)
         (folder / "hesd" / SELECTIONS_NAME).write_text(f"{to_json(selection_payload(selection))}\n{said}\n")
@@ -230,14 +216,9 @@ def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
         return page.found
 
     assert written(EVIL) == written("harmless")
-
-
-def test_texts_that_cannot_be_written_are_replaced(tmp_path: Path) -> None:
-    """Folders may have names that are no text in any encoding."""
+    # Folders may have names that are no text in any encoding.
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff"))
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(0, 4, make_spectrum(-0.1)))
-    history.save(folder / "hesd")
+    history_of(SpectrumRecord(0, 4, make_spectrum(-0.1))).save(folder / "hesd")
     write_report(folder, tmp_path / "report.html")
     assert "<title>HESD: run-?</title>" in (tmp_path / "report.html").read_text()
 
@@ -257,11 +238,12 @@ def test_a_hostile_payload_costs_itself_only(tmp_path: Path) -> None:
         text.replace('"layers":{"name":[]}', '"layers":{"name":[null]}'),
     ]
     assert all(one != text for one in evil)
-    write_payloads(tmp_path / EVIL.replace("/", "|"), [*evil, {**good, "global_step": 2}])
+    name = EVIL.replace("/", "|")
+    write_payloads(tmp_path / name, [*evil, {**good, "global_step": 2}])
     tab = Tab(tmp_path)
     code, listed = tab.get("runs")
-    assert (code, [run["run"] for run in listed["runs"]]) == (200, [EVIL.replace("/", "|")])
-    code, found = tab.get("records", run=EVIL.replace("/", "|"), name="hesd")
+    assert (code, [run["run"] for run in listed["runs"]]) == (200, [name])
+    code, found = tab.get("records", run=name, name="hesd")
     assert code == 200
     assert [record["global_step"] for record in found["records"]] == [2]
     assert len(found["problems"]) == len(evil)

@@ -1,7 +1,5 @@
 """The matrix of `make stress`, in short: a few cases; and whether its harness sees failures."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

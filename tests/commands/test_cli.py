@@ -1,7 +1,5 @@
 """The command line: real checkpoints of a real run, from this process and from another one."""
 
-from __future__ import annotations
-
 import csv
 import importlib.metadata
 import json
@@ -29,6 +27,7 @@ from tests.training.modules import Digits
 MODEL = ["--model", "tests.training.cli_project.Net", "--data", "tests.training.cli_project.Data"]
 STEPS = [f"--analysis.{name}={value}" for name, value in cli_project.ANALYSIS.items()]
 CPU = ["--accelerator", "cpu"]
+ESTIMATE = ["estimate", "--gradient_seconds=0.01"]
 
 Paths = list[Path]
 Run = tuple[HessianSpectrumCallback, Paths]
@@ -74,14 +73,9 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
     arguments += ["--preconditioned", "true", "--out", str(tmp_path / "out")]
     said = run_python("-m", "lightning_hesd", *arguments)
     for record, path in zip(spectra.history[:2], paths[:2], strict=True):
-        pairs = [
-            (record.spectrum, f"{path.stem}.npz"),
-            (record.generalization, f"{path.stem}_gen.npz"),
-            (record.preconditioned, f"{path.stem}_pre.npz"),
-        ]
-        for theirs, name in pairs:
+        for field, kind in (("spectrum", ""), ("generalization", "_gen"), ("preconditioned", "_pre")):
+            theirs, name = getattr(record, field), f"{path.stem}{kind}.npz"
             ours = Spectrum.load(tmp_path / "out" / "spectra" / name)
-            assert theirs is not None
             assert ours.num_samples == theirs.num_samples
             for value in ("c_t", "lambda_min", "lambda_max"):
                 assert getattr(ours, value) == pytest.approx(getattr(theirs, value), rel=1e-5)
@@ -90,7 +84,6 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row, record in zip(rows, spectra.history[:2], strict=True):
-        assert record.assessment is not None
         assert (int(row["epoch"]), int(row["step"])) == (record.epoch, record.global_step)
         assert row["criteria"] == record.assessment.words
         assert float(row["delta_k_h05"]) == pytest.approx(record.assessment.delta_k_h05, rel=1e-3)
@@ -99,7 +92,7 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
     table = said[said.index("2 checkpoints") :].splitlines()
     assert table[1].split() == ["checkpoint", "C_t", "[interval]", "type", "λ_max", "loss", "pick"]
     assert all(len(line) <= 80 for line in table[:-1]), table
-    verdicts = [record.assessment.words for record in spectra.history[:2] if record.assessment is not None]
+    verdicts = [record.assessment.words for record in spectra.history[:2]]
     assert f"criteria of Gabdullin (2025), Fig. 10: {verdicts[0]} {verdicts.count(verdicts[0])}×" in said
     assert CAVEAT in said
     assert "[2/2]" in said
@@ -120,17 +113,14 @@ def test_several_ranks_find_what_one_finds(trained: Run, tmp_path: Path, launche
     assert "MEMBER: 2/2" in said
     assert said.count("[1/2]") == said.count("[2/2]") == 1
     for record, path in zip(spectra.history, paths[:2], strict=False):
-        assert record.spectrum is not None
         ours = Spectrum.load(tmp_path / "spectra" / f"{path.stem}.npz")
         assert ours.num_samples == record.spectrum.num_samples > 8
         assert ours.c_t == pytest.approx(record.spectrum.c_t, rel=1e-5)
 
 
 def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
-    machine = ["--gradient_seconds", "0.01", "--memory_bandwidth", "1000"]
-
     def said(*arguments: str) -> str:
-        main(["estimate", *machine, *arguments])
+        main([*ESTIMATE, "--memory_bandwidth", "1000", *arguments])
         return " ".join(capsys.readouterr().out.split())
 
     # 100 products of 2.2 gradients and three more, of 512 samples at 10 ms; 111 vectors of a billion float32.
@@ -139,20 +129,8 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "It does not fit in 80 GB: it takes 417.2 GiB with the network. With `basis='none'` it takes 67.1" in alone
     together = said("--params", "1e9", "--processes", "8", "--sharded", "true")
     assert "memory 51.7 GiB beyond the network's 476.8 MiB per process" in together
-    main(["estimate", "--params", "1e6", "--gradient_seconds", "0.01"])
+    main([*ESTIMATE, "--params", "1e6"])
     assert " at 0 GB/s" not in capsys.readouterr().out  # measured
-
-
-@pytest.mark.parametrize(
-    ("arguments", "trouble"),
-    [
-        (["--params", "7q"], "`params` must be a number of parameters, such as 7B, 125M or 2.5e6, got '7q'"),
-        (["--params", "7B", "--device_memory", "0"], "`device_memory` must be a positive number of GB, got 0.0"),
-        (["--params", "1e9", "--strategy", "guess"], "guess"),
-    ],
-)
-def test_estimate_refuses_in_one_line(arguments: list[str], trouble: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert trouble in refused(capsys, "estimate", "--gradient_seconds", "0.01", *arguments)
 
 
 def test_an_interrupted_run_goes_on(
@@ -169,8 +147,7 @@ def test_an_interrupted_run_goes_on(
     found = analyze(tmp_path / "out", folder / "*.ckpt")
     assert sorted(found["checkpoints"]) == ["epoch=0", "epoch=1", "epoch=2"]
     assert (tmp_path / "out" / "spectra" / "epoch=0.npz").stat().st_mtime_ns == before
-    said = capsys.readouterr().out
-    assert said.count("(known)") == 2
+    assert capsys.readouterr().out.count("(known)") == 2
     # A file that has changed since is analyzed anew.
     shutil.copy(paths[1], folder / paths[0].name)
     assert analyze(tmp_path / "out", folder / "*.ckpt")["table"][0]["epoch"] == 1
@@ -234,19 +211,12 @@ def test_manual_optimization_needs_a_loss(paths: Paths, tmp_path: Path, capsys: 
     assert with_loss["table"][0]["c_t"] == plain["table"][0]["c_t"]
 
 
-def test_optimizers_must_have_their_states(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = torch.load(paths[0], weights_only=True)
-    torch.save(checkpoint | {"optimizer_states": []}, tmp_path / "weights.ckpt")
-    said = refused(
-        capsys, "analyze", tmp_path / "weights.ckpt", *MODEL, *CPU, "--preconditioned=true", "--out", tmp_path / "o"
-    )
-    assert "the checkpoint has the states of 0 optimizers, the module 1 optimizers" in said
-
-
 def test_bad_input_takes_one_line(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
     torch.save({"state_dict": {}, "object": Path("x")}, tmp_path / "object.ckpt")
+    torch.save(torch.load(paths[0], weights_only=True) | {"optimizer_states": []}, tmp_path / "weights.ckpt")
+    preconditioned = [tmp_path / "weights.ckpt", "--preconditioned=true"]
     damaged = bytearray(paths[0].read_bytes())
     (tmp_path / "cut.ckpt").write_bytes(damaged[: len(damaged) // 2])
     out = ["--out", str(tmp_path / "out")]
@@ -268,6 +238,7 @@ def test_bad_input_takes_one_line(paths: Paths, tmp_path: Path, capsys: pytest.C
         ([paths[0], "--analysis.steps=0"], "`steps` must be a positive integer, got 0"),
         ([paths[0], "--analysis.steps=many"], "steps"),
         ([paths[0], "--step=5"], "--step"),
+        (preconditioned, "the checkpoint has the states of 0 optimizers, the module 1 optimizers"),
     ]
     for arguments, message in cases:
         said = refused(capsys, "analyze", *MODEL, *CPU, *out, *arguments)
@@ -292,14 +263,10 @@ def test_one_failure_does_not_stop_the_others(paths: Paths, tmp_path: Path, caps
 def test_assess_and_plot(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spectra, _ = trained
     record = spectra.history[-1]
-    assert record.spectrum is not None
-    assert record.generalization is not None
-    assert record.assessment is not None
     record.spectrum.save(tmp_path / "train.npz")
     record.generalization.save(tmp_path / "gen.npz")
     main(["assess", str(tmp_path / "train.npz"), str(tmp_path / "gen.npz")])
-    said = capsys.readouterr().out
-    assert said.splitlines() == [
+    assert capsys.readouterr().out.splitlines() == [
         f"criteria of Gabdullin (2025), Fig. 10 ({CAVEAT}): {record.assessment.words}",
         *(f"- {reason}" for reason in record.assessment.reasons),
     ]
@@ -355,11 +322,14 @@ def test_sample_size_refuses_in_one_line(paths: Paths, tmp_path: Path, capsys: p
         assert message in refused(capsys, "sample-size", *MODEL, *CPU, *arguments)
 
 
-def test_without_arguments_it_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_its_help_and_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-hesd")
     assert all(name in printed for name in ("analyze", "judge", "report"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split()[-1] == importlib.metadata.version("lightning-hesd")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS])
@@ -383,10 +353,10 @@ def test_help_is_in_plain_words(
         (["judge", "x", "--metric", "a", "--mode", "up"], "--mode must be 'max' or 'min', got 'up'"),
         (["judge", "x", "--metric", "a", "--level", "b"], "--level must be a number, got 'b'"),
         (["judge", "x"], "the following arguments are required: metric"),
-        (
-            ["estimate", "--params=1", "--gradient_seconds=1", "--sharded=maybe"],
-            "--sharded must be true or false, got ",
-        ),
+        ([*ESTIMATE, "--params=1", "--sharded=maybe"], "--sharded must be true or false, got "),
+        ([*ESTIMATE, "--params=7q"], "`params` must be a number of parameters, such as 7B, 125M or 2.5e6, got '7q'"),
+        ([*ESTIMATE, "--params=7B", "--device_memory=0"], "`device_memory` must be a positive number of GB, got 0.0"),
+        ([*ESTIMATE, "--params=1e9", "--strategy=guess"], "guess"),
         (["completion", "fish"], "shell must be 'bash', 'zsh' or 'tcsh', got 'fish'"),
     ],
 )
@@ -410,18 +380,9 @@ def test_bash_completes_commands_options_and_values(tmp_path: Path, capsys: pyte
     assert found.split() == ["estimate", "--gradient_seconds", "recompute", "--val-loss"]
 
 
-def test_completion_needs_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(completion, "find_spec", lambda name: None)
     assert "shtab is not installed; pip install 'lightning-hesd[cli]'" in refused(capsys, "completion", "zsh")
-
-
-def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out.split()[-1] == importlib.metadata.version("lightning-hesd")
-
-
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lightning_hesd.commands.cli")
     monkeypatch.delitem(sys.modules, "lightning_hesd.commands.plain_parser")
     monkeypatch.delattr(commands, "cli")

@@ -1,7 +1,5 @@
 """The cost model beside what the engine counts; times are compared by `python -m benchmarks.cost`."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace
@@ -9,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd.commands.estimate import WIDTH, cost_lines, parameter_count
@@ -18,13 +15,10 @@ from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
+from tests.cases import cross_entropy
 from tests.ranks import StandIn
 
 MACHINE = Machine(gradient_seconds=1e-3, memory_bandwidth=1e10, network_bandwidth=1e9)
-
-
-def loss(module: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
 
 
 def problem() -> tuple[nn.Module, list[WeightedBatch], int]:
@@ -44,9 +38,10 @@ def test_traffic_is_what_the_engine_reduces() -> None:
         return tensor
 
     options = analysis_options(steps=12, probes=2, strategy="graph")
-    spectrum = analyze(module, batches, loss, options, collectives=StandIn(sum_of))
+    spectrum = analyze(module, batches, cross_entropy, options, collectives=StandIn(sum_of))
     workload = Workload(n, samples=64, batch_size=16, steps=12, probes=2, processes=4)
     assert workload.products == spectrum.matvecs
+    assert Workload(7, steps=100, probes=2).products == 14  # no more steps than parameters
     ring = 2 * 3 / 4
     assert analysis_cost(workload, MACHINE).sent == pytest.approx(ring * reduced, rel=0.01)
 
@@ -56,7 +51,7 @@ def test_memory_is_what_the_engine_plans(basis: Any) -> None:
     module, batches, n = problem()
     cache = AnalysisCache()
     options = analysis_options(steps=12, basis=basis, batch_size=None)
-    spectrum = analyze(module, batches, loss, options, cache=cache)
+    spectrum = analyze(module, batches, cross_entropy, options, cache=cache)
     assert cache.graph_bytes
     workload = Workload(n, samples=64, batch_size=16, steps=12, basis=basis == "device", graph_bytes=cache.graph_bytes)
     # What a product takes beside the graphs is at least what a graph holds.
@@ -72,7 +67,7 @@ def test_memory_of_the_comparison_is_what_the_engine_plans() -> None:
     few = [WeightedBatch(tuple(part[:2] for part in batches[0].data), 2, 0)]
     cache = AnalysisCache()
     options = analysis_options(steps=2, basis="none")
-    first, later = (analyze(module, few, loss, options, cache=cache).predicted_memory for _ in range(2))
+    first, later = (analyze(module, few, cross_entropy, options, cache=cache).predicted_memory for _ in range(2))
     workload = Workload(n, samples=2, batch_size=2, steps=2, basis=False, graph_bytes=cache.graph_bytes or 0.0)
     cost = analysis_cost(workload, MACHINE)
     assert first is not None
@@ -91,19 +86,11 @@ def test_what_processes_share() -> None:
     sharded = analysis_cost(Workload(10**6, processes=2, sharded=True), MACHINE)
     assert sharded.memory == two.memory / 2
     assert sharded.sent > two.sent
-    assert sharded.seconds == math.fsum(
-        [sharded.product_seconds, sharded.recurrence_seconds, sharded.communication_seconds]
-    )
-
-
-def test_whole_batches_are_dealt() -> None:
-    """Of five batches the busier of two processes has three."""
+    parts = (sharded.product_seconds, sharded.recurrence_seconds, sharded.communication_seconds)
+    assert sharded.seconds == math.fsum(parts)
+    # Whole batches are dealt: of five batches the busier of two processes has three.
     three, five = (analysis_cost(Workload(100, samples=s, processes=p), MACHINE) for s, p in ((96, 1), (160, 2)))
     assert five.product_seconds == three.product_seconds
-
-
-def test_no_more_steps_than_parameters() -> None:
-    assert Workload(7, steps=100, probes=2).products == 14
 
 
 def said_of(workload: Workload, device_memory: float | None = None) -> str:
@@ -145,24 +132,17 @@ def test_the_comparison_in_float64_may_take_most() -> None:
 
 
 SEVEN_BILLION = Workload(7 * 10**9, processes=8, sharded=True)
+GRAPHS = Workload(10**8, graph_bytes=1e8)
 
 
 @pytest.mark.parametrize(
     ("workload", "gigabytes", "expected"),
     [
         (Workload(10**9), 480, "It fits in 480 GB: it takes 417.2 GiB with the network."),
-        (
-            SEVEN_BILLION,
-            80,
-            "With `basis='none'` it takes 39.1 GiB, and fits. It also fits with `basis='cpu'`, which takes 326.0 GiB",
-        ),
+        (SEVEN_BILLION, 80, "it takes 39.1 GiB, and fits. It also fits with `basis='cpu'`, which takes 326.0 GiB"),
         (replace(SEVEN_BILLION, basis=False), 40, "With parameters sharded over 16 processes it takes 19.6 GiB, and"),
-        (
-            Workload(10**8, graph_bytes=1e8),
-            80,
-            "It does not fit in 80 GB: it takes 92.4 GiB with the network. With `strategy='recompute'` it takes 47.7",
-        ),
-        (Workload(10**8, graph_bytes=1e8), 20, "With `basis='none'` and `strategy='recompute'` it takes 10.4 GiB"),
+        (GRAPHS, 80, "it takes 92.4 GiB with the network. With `strategy='recompute'` it takes 47.7"),
+        (GRAPHS, 20, "With `basis='none'` and `strategy='recompute'` it takes 10.4 GiB"),
         (Workload(7 * 10**9), 0.1, "With `basis='none'` and parameters sharded over 1024 processes it takes"),
     ],
 )
@@ -170,40 +150,24 @@ def test_what_fits_and_what_makes_it_fit(workload: Workload, gigabytes: float, e
     assert expected in said_of(workload, gigabytes * 1e9)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("7B", 7 * 10**9),
-        ("125m", 125 * 10**6),
-        (" 1.5e9 ", 15 * 10**8),
-        ("350K", 350_000),
-        (10**6, 10**6),
-        (2e6, 2 * 10**6),
-    ],
-)
-def test_numbers_of_parameters(text: str | float, number: int) -> None:
-    assert parameter_count(text) == number
-
-
-@pytest.mark.parametrize("text", ["7q", "", "B", "7BB", "inf"])
-def test_what_is_no_number_of_parameters(text: str) -> None:
-    with pytest.raises(ValueError, match=r"`params` must be a number of parameters, such as 7B, 125M or 2\.5e6, got"):
-        parameter_count(text)
+def test_numbers_of_parameters() -> None:
+    numbers = {"7B": 7e9, "125m": 125e6, " 1.5e9 ": 15e8, "350K": 350_000, 10**6: 10**6, 2e6: 2e6}
+    assert {text: parameter_count(text) for text in numbers} == numbers
+    for text in ("7q", "", "B", "7BB", "inf"):
+        with pytest.raises(ValueError, match=r"`params` must be a number of parameters, such as 7B, 125M or 2\.5e6"):
+            parameter_count(text)
 
 
 def test_bandwidth_is_measured() -> None:
     assert 1e8 < measured_bandwidth(rows=4, columns=2**18) < 1e13
 
 
-@pytest.mark.parametrize(
-    ("made", "wrong", "trouble"),
-    [
+def test_refusals() -> None:
+    for made, wrong, trouble in (
         (Workload, {"parameters": 0}, "`parameters` must be a positive integer, got 0"),
         (Workload, {"parameters": 10, "strategy": "guess"}, "`strategy` must be one of graph, recompute, finite_"),
-        (Workload, {"parameters": 10, "graph_bytes": math.inf}, "`graph_bytes` must be at least 0 and finite, got inf"),
-        (Machine, {"gradient_seconds": 1.0, "memory_bandwidth": math.nan}, "`memory_bandwidth` must be positive, got"),
-    ],
-)
-def test_refusals(made: Any, wrong: dict[str, Any], trouble: str) -> None:
-    with pytest.raises(ValueError, match=trouble):
-        made(**wrong)
+        (Workload, {"parameters": 1, "graph_bytes": math.inf}, "`graph_bytes` must be at least 0 and finite, got inf"),
+        (Machine, {"gradient_seconds": 1.0, "memory_bandwidth": math.nan}, "`memory_bandwidth` must be positive"),
+    ):
+        with pytest.raises(ValueError, match=trouble):
+            made(**wrong)

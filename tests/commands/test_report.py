@@ -1,7 +1,5 @@
 """`lightning-hesd report`: several runs, the summary in words, and how the results were made."""
 
-from __future__ import annotations
-
 import html
 import json
 import re
@@ -16,7 +14,8 @@ from lightning_hesd.commands.cli import main
 from lightning_hesd.commands.report import write_report
 from lightning_hesd.commands.report_summary import sentences
 from lightning_hesd.spectra.glossary import GLOSSARY
-from lightning_hesd.spectra.payload import SELECTIONS_NAME
+from lightning_hesd.spectra.payload import SELECTIONS_NAME, selection_payload, to_json
+from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
 from lightning_hesd.training.history import SpectrumRecord
 from tests.tab import ROOT, data_of_report
 from tests.training.scripted import make_spectrum
@@ -36,9 +35,8 @@ def history_of(*c_t: float, about: dict[str, Any] | None = None) -> SpectrumHist
     for epoch, value in enumerate(c_t, start=-1):
         failed = value != value
         spectrum = None if failed else make_spectrum(value, lambda_max=3.0 + epoch, loss=1 / (epoch + 2))
-        history.append(
-            SpectrumRecord(epoch, 4 * (epoch + 1), spectrum, "RuntimeError: no <memory>" if failed else None)
-        )
+        error = "RuntimeError: no <memory>" if failed else None
+        history.append(SpectrumRecord(epoch, 4 * (epoch + 1), spectrum, error))
     return history
 
 
@@ -55,11 +53,8 @@ def text_of(document: str, part: str) -> str:
     """Return the text of an element with this id, in one line."""
     found = re.search(rf'id="{part}">(.*?)</(?:header|footer)>', document, re.DOTALL)
     assert found is not None
-    return " ".join(
-        html.unescape(
-            re.sub(r"<[^>]*>", " ", re.sub(r"</(sub|strong)>|<strong>", "", found[1].replace("<sub>", "_")))
-        ).split()
-    )
+    words = re.sub(r"</(sub|strong)>|<strong>", "", found[1].replace("<sub>", "_"))
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", words)).split())
 
 
 def test_a_folder_of_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,18 +63,14 @@ def test_a_folder_of_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"{out}\n"
     document = out.read_text()
     shown = json.loads(data_of_report(document))["runs"]
-    assert [(run["run"], run["color"], Path(run["folder"])) for run in shown] == [
-        ("net/version_0", 0, runs / "net" / "version_0"),
-        ("net/version_1", 1, runs / "net" / "version_1"),
-    ]
+    expected = [(f"net/version_{i}", i, runs / "net" / f"version_{i}") for i in (0, 1)]
+    assert [(run["run"], run["color"], Path(run["folder"])) for run in shown] == expected
     said = text_of(document, "summary")
     assert said.startswith("HESD report 2 runs: net/version_0 and net/version_1. Report of ")
     assert f"Left out: the history in {runs / 'new'} has no records yet." in said
-    main(["report", str(runs / "net" / "version_1"), str(runs / "net" / "version_0"), "--out", str(out)])
-    assert [run["run"] for run in json.loads(data_of_report(out.read_text()))["runs"]] == [
-        "net/version_1",
-        "net/version_0",
-    ]
+    main(["report", *(str(runs / name) for name in ("net/version_1", "net/version_0")), "--out", str(out)])
+    shown = json.loads(data_of_report(out.read_text()))["runs"]
+    assert [run["run"] for run in shown] == ["net/version_1", "net/version_0"]
     for wrong, message in (("new", "has no records yet"), ("nowhere", "no index.json")):
         with pytest.raises(SystemExit):
             main(["report", str(runs / wrong), "--out", str(out)])
@@ -106,25 +97,9 @@ def test_many_runs_have_a_row_each_in_the_order_of_their_numbers(tmp_path: Path)
 
 
 def test_the_summary_says_what_was_found_and_how_it_was_made(runs: Path) -> None:
-    pick = {"epoch": 1, "global_step": 8, "path": "/here/<best>.ckpt"}
-    event = {
-        "version": 1,
-        "key": "highest_c_t//0.5/mp",
-        "rule": "highest_c_t",
-        "epoch": 1,
-        "global_step": 8,
-        "train_metric": None,
-        "train_metric_mode": "min",
-        "tolerance": 0.5,
-        "is_relative": False,
-        "require_mp": True,
-        "metric": 1 / 3,
-        "criterion": -0.1,
-        "mainly_positive": True,
-        "rivals": [],
-        "pick": pick,
-    }
-    (runs / "net" / "version_0" / "hesd" / SELECTIONS_NAME).write_text(json.dumps(event) + "\n")
+    best = Candidate(1, 8, -1 / 3, -0.1, mainly_positive=True, path="/here/<best>.ckpt")
+    event = SelectionEvent("highest_c_t", None, "min", CandidateFilter(0.5, require_mp=True), best, best)
+    (runs / "net" / "version_0" / "hesd" / SELECTIONS_NAME).write_text(to_json(selection_payload(event)) + "\n")
     write_report(runs, runs / "out.html")
     document = (runs / "out.html").read_text()
     said = text_of(document, "summary")
@@ -175,14 +150,13 @@ def test_facts_about_a_run_are_kept_with_its_history(tmp_path: Path) -> None:
     read = SpectrumHistory.load(tmp_path)
     assert {**ABOUT, "written": read.about["written"]} == read.about
     index = json.loads((tmp_path / "index.json").read_text())
-    for damage, about in (({"about": "text"}, None), ({"about": {"options": [1]}}, {"options": [1]}), ({}, ABOUT)):
-        (tmp_path / "index.json").write_text(json.dumps({**index, **damage}))
-        if about is None:
-            with pytest.raises(ValueError, match="about"):
-                SpectrumHistory.load(tmp_path)
-        else:
-            assert SpectrumHistory.load(tmp_path).about.items() >= about.items()
-            write_report(tmp_path, tmp_path / "out.html")
+    for about in ({"options": [1]}, ABOUT):
+        (tmp_path / "index.json").write_text(json.dumps({**index, "about": about}))
+        assert SpectrumHistory.load(tmp_path).about.items() >= about.items()
+        write_report(tmp_path, tmp_path / "out.html")
+    (tmp_path / "index.json").write_text(json.dumps({**index, "about": "text"}))
+    with pytest.raises(ValueError, match="about"):
+        SpectrumHistory.load(tmp_path)
 
 
 def test_the_callback_knows_its_options() -> None:
@@ -191,12 +165,7 @@ def test_the_callback_knows_its_options() -> None:
 
     assert HessianSpectrumCallback().given == {"num_samples": 512}
     callback = HessianSpectrumCallback(2, steps=8, loss_fn=loss_fn, layers="auto", num_samples=64)
-    assert callback.given == {
-        "every_n_epochs": 2,
-        "loss_fn": "test_the_callback_knows_its_options.<locals>.loss_fn",
-        "layers": "auto",
-        "num_samples": 64,
-        "steps": 8,
-    }
+    numbers = {"every_n_epochs": 2, "layers": "auto", "num_samples": 64, "steps": 8}
+    assert callback.given == {**numbers, "loss_fn": "test_the_callback_knows_its_options.<locals>.loss_fn"}
     given = HessianSpectrumCallback(epochs=range(99), tolerance=0.05).given
     assert given == {"num_samples": 512, "epochs": "<range>", "tolerance": 0.05}

@@ -1,17 +1,13 @@
 """Histories whose picks are worth what a simulation says."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from lightning_hesd.spectra.record import SpectrumRecord
 from tests.spectra.nodes import spectrum
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def record(

@@ -1,19 +1,14 @@
 """P-values and intervals of several rules over runs, against other computations and against simulations."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
 from lightning_hesd.judgment.statistics import MAX_ENUMERATED_RUNS, PairedComparison, compare, runs_needed
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def noise(runs: int, rules: int, seed: int = 0) -> NDArray[np.float64]:
@@ -35,9 +30,7 @@ def test_the_p_values_are_those_of_all_flips_of_students_t() -> None:
     largest = np.array([student(signs * gains).max() for signs in flips])
     expected = [(largest >= t * (1 - 1e-9)).mean() for t in student(gains)]
     assert compare(gains).p_values == pytest.approx(expected, abs=1e-12)
-
-
-def test_random_flips_give_nearly_the_p_values_of_all() -> None:
+    # Of many runs random flips give nearly the same.
     gains = noise(MAX_ENUMERATED_RUNS + 1, 1) + 0.4
     exact = stats.permutation_test(
         (gains[:, 0],), np.mean, permutation_type="samples", n_resamples=10**6, alternative="two-sided"
@@ -47,11 +40,15 @@ def test_random_flips_give_nearly_the_p_values_of_all() -> None:
     assert ours == pytest.approx(exact.pvalue, abs=4 * math.sqrt(exact.pvalue / 9999))
 
 
-def test_equal_rules_need_no_correction_and_others_do() -> None:
+def test_equal_rules_need_no_correction_and_order_and_unit_make_no_difference() -> None:
     gains = noise(10, 1) + 0.8
     [alone] = compare(gains).p_values
     assert compare(np.hstack([gains] * 20)).p_values == pytest.approx(alone)
     assert compare(np.hstack([gains, noise(10, 5, seed=1)])).p_values[0] > alone
+    gains = noise(9, 4) + 0.5
+    ours, other = compare(gains), compare(gains[::-1, ::-1] * 1e-6)
+    assert other.p_values[::-1] == pytest.approx(ours.p_values)
+    assert compare(1e6 * gains).low == pytest.approx(1e6 * ours.low)
 
 
 def test_a_rule_that_rarely_picks_does_not_hide_the_others() -> None:
@@ -65,20 +62,7 @@ def test_a_rule_that_rarely_picks_does_not_hide_the_others() -> None:
     assert np.isnan(found.low[1])
 
 
-def test_the_order_and_the_unit_of_gains_make_no_difference() -> None:
-    gains = noise(9, 4) + 0.5
-    ours, other = compare(gains), compare(gains[::-1, ::-1] * 1e-6)
-    assert other.p_values[::-1] == pytest.approx(ours.p_values)
-    assert compare(1e6 * gains).low == pytest.approx(1e6 * ours.low)
-
-
 # Few runs -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_number_of_runs_that_a_claim_needs() -> None:
-    for level in (0.3, 0.05, 0.01, 0.001):
-        needed = runs_needed(level)
-        assert 2.0 ** (1 - needed) <= level < 2.0 ** (2 - needed)
 
 
 @pytest.mark.parametrize("runs", [1, 2, 5])
@@ -86,15 +70,23 @@ def test_few_runs_never_claim_anything(runs: int) -> None:
     gains = 1 + 1e-3 * noise(runs, 3)
     found = compare(gains)
     assert found.p_values.min() >= 2.0 ** (1 - runs) > found.level
-    assert np.isnan(found.low).all()
-    assert np.isnan(found.high).all()
+    assert np.isnan([found.low, found.high]).all()
     assert not (found.better | found.worse).any()
     assert compare(1 + 1e-3 * noise(6, 1)).better.all()  # while six can
+    for level in (0.3, 0.05, 0.01, 0.001):
+        needed = runs_needed(level)
+        assert 2.0 ** (1 - needed) <= level < 2.0 ** (2 - needed)
 
 
-def test_no_runs_and_no_rules() -> None:
+def test_no_runs_no_rules_and_bad_arguments() -> None:
     assert compare(np.zeros((0, 2))).p_values == pytest.approx([math.nan] * 2, nan_ok=True)
     assert compare(np.zeros((7, 0))).p_values.shape == (0,)
+    with pytest.raises(ValueError, match=r"of shape \(runs, rules\); got the shape \(3,\)"):
+        compare(np.zeros(3))
+    with pytest.raises(ValueError, match="must be finite or NaN"):
+        compare(np.full((3, 1), math.inf))
+    with pytest.raises(ValueError, match=r"`level` must be between 0 and 0.5, got 1"):
+        compare(np.zeros((3, 1)), level=1)
 
 
 def test_evidence_needs_both_the_interval_and_the_p_value() -> None:
@@ -107,14 +99,10 @@ def test_evidence_needs_both_the_interval_and_the_p_value() -> None:
 # Ties -----------------------------------------------------------------------------------------------------------------
 
 
-def counted(found: PairedComparison) -> list[tuple[int, int, int]]:
-    return list(zip(found.wins.tolist(), found.ties.tolist(), found.losses.tolist(), strict=True))
-
-
 def test_wins_ties_and_losses() -> None:
     gains = np.array([[1.0, 0.0], [-1.0, math.nan], [0.0, 0.0], [2.0, -1.0]])
     found = compare(gains)
-    assert counted(found) == [(2, 1, 1), (0, 2, 1)]
+    assert (found.wins.tolist(), found.ties.tolist(), found.losses.tolist()) == ([2, 0], [1, 2], [1, 1])
     assert found.counts.tolist() == [4, 3]
     assert found.means == pytest.approx([0.5, -1 / 3])
 
@@ -128,9 +116,7 @@ def test_runs_that_hardly_ever_differ_give_no_interval_and_leave_that_of_others_
     assert found.p_values[:2].tolist() == [1.0, 1.0]
     alone = compare(other)
     assert found.high[2] - found.low[2] == pytest.approx(alone.high[0] - alone.low[0], rel=0.2)
-
-
-def test_the_same_gain_in_every_run_is_evident() -> None:
+    # The same gain in every run is evident.
     found = compare(np.full((7, 1), 0.01))
     assert found.low == pytest.approx([0.01])
     assert found.better.all()
@@ -152,15 +138,6 @@ def test_the_intervals_of_many_rules_are_wider_unless_the_rules_are_equal() -> N
     assert 1.1 * widths[0] < widths[1] < 1.7 * widths[0]
     equal = compare(np.hstack([gains[:, :1]] * 10))
     assert float(equal.high[0] - equal.low[0]) == pytest.approx(widths[0], rel=0.05)
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"of shape \(runs, rules\); got the shape \(3,\)"):
-        compare(np.zeros(3))
-    with pytest.raises(ValueError, match="must be finite or NaN"):
-        compare(np.full((3, 1), math.inf))
-    with pytest.raises(ValueError, match=r"`level` must be between 0 and 0.5, got 1"):
-        compare(np.zeros((3, 1)), level=1)
 
 
 # Simulations ----------------------------------------------------------------------------------------------------------
@@ -200,11 +177,8 @@ def test_power_of_eight_rules(runs: int, effect: float, power: float) -> None:
     """An effect on one of the rules, in standard deviations of its gains, is found with this probability at least."""
     generator, repetitions = np.random.default_rng(1), 200
     planted = np.array([effect, *[0.0] * 7])
-    found = [
-        compare(drawn("normal", 0.0, runs, 8, generator) + planted, resamples=999, seed=seed)
-        for seed in range(repetitions)
-    ]
-    share = np.mean([comparison.better[0] for comparison in found])
+    gains = [drawn("normal", 0.0, runs, 8, generator) + planted for _ in range(repetitions)]
+    share = np.mean([compare(one, resamples=999, seed=seed).better[0] for seed, one in enumerate(gains)])
     print(f"\n{runs} runs, effect {effect}: found {share:.2f}")  # noqa: T201 - for the theory page
     assert share >= power
 

@@ -7,8 +7,6 @@
 Prints a table. "oldest" and "newest" are as in `check_wheel`.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime as dt
 import re

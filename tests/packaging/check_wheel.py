@@ -7,8 +7,6 @@
 is that of constraints.txt.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

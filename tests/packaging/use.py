@@ -1,7 +1,5 @@
 """What a user does with the installed package: train with the callback, read back, and run the commands."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What a console and a notebook show of spectra and histories, and which figures are shown."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -19,15 +17,14 @@ from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.training.loggers.output import figures
 from tests.judgment import simulated
+from tests.states import history_of
 from tests.training.scripted import make_spectrum
 
 
 @pytest.fixture
 def history() -> SpectrumHistory:
-    found = SpectrumHistory()
-    found.extend(SpectrumRecord(epoch, 10 * epoch, make_spectrum(-0.1 - epoch / 10)) for epoch in range(3))
-    found.append(SpectrumRecord(3, 30, None, error="out of <memory>\nand more"))
-    return found
+    records = [SpectrumRecord(epoch, 10 * epoch, make_spectrum(-0.1 - epoch / 10)) for epoch in range(3)]
+    return history_of(*records, SpectrumRecord(3, 30, None, error="out of <memory>\nand more"))
 
 
 def test_each_is_one_line_in_a_console(history: SpectrumHistory) -> None:
@@ -40,7 +37,6 @@ def test_each_is_one_line_in_a_console(history: SpectrumHistory) -> None:
 
 
 def test_a_notebook_shows_a_spectrum_with_its_density(history: SpectrumHistory) -> None:
-    assert history[0].spectrum is not None
     shown = history[0].spectrum._repr_html_()
     assert shown.startswith("<div>C_t = -0.1 ")
     image = imread(io.BytesIO(base64.b64decode(shown.split("base64,")[1].split("'")[0])))
@@ -48,15 +44,12 @@ def test_a_notebook_shows_a_spectrum_with_its_density(history: SpectrumHistory) 
     assert not plt.get_fignums(), "it is shown once, not again at the end of the cell"
 
 
-def test_a_notebook_shows_a_history_as_a_table(history: SpectrumHistory) -> None:
+def test_a_notebook_shows_a_history_as_a_table_and_a_record_with_criteria_and_metrics(history: SpectrumHistory) -> None:
     shown = history._repr_html_()
     assert shown.count("<tr>") == 5
     assert "<td>-0.2</td>" in shown
     assert "out of &lt;memory&gt;" in shown
     assert SpectrumHistory()._repr_html_() == "&lt;SpectrumHistory: 0 records&gt;"
-
-
-def test_a_notebook_shows_a_record_with_its_criteria_and_metrics(history: SpectrumHistory) -> None:
     made = replace(history[0], generalization=make_spectrum(-0.2), metrics={"val_<acc>": 0.91})
     shown = made._repr_html_()
     assert shown.startswith("<div>analysis of epoch 0, step 0</div><div>C_t = -0.1 ")
@@ -97,7 +90,6 @@ def test_a_notebook_shows_a_judgment() -> None:
 
 def test_figures_are_shown_unless_they_are_for_a_log(history: SpectrumHistory) -> None:
     spectrum = history[0].spectrum
-    assert spectrum is not None
     axes = spectrum.plot()
     assert [plt.figure(number) for number in plt.get_fignums()] == [axes.figure]
     with offscreen():
@@ -109,7 +101,6 @@ def test_figures_are_shown_unless_they_are_for_a_log(history: SpectrumHistory) -
 
 def test_plots_by_name(history: SpectrumHistory) -> None:
     spectrum = history[0].spectrum
-    assert spectrum is not None
     axes = plt.figure().add_subplot()
     assert spectrum.plot("cumulative", ax=axes) is axes
     assert axes.get_xlabel() != spectrum.plot().get_xlabel()

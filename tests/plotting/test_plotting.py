@@ -1,7 +1,5 @@
 """What the density figure shows."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 
@@ -88,13 +86,11 @@ def test_losses_along_eigenvectors_and_the_parabolas_they_follow() -> None:
 def test_losses_that_are_absent_infinite_or_equal() -> None:
     with pytest.raises(ValueError, match="`loss_along_eigenvectors=True`"):
         plot_losses_along(spectrum(-1.0, 4.0))
-    changed = with_losses().losses_along.copy()
-    changed[1, 1, -3:] = math.inf, math.nan, math.nan
-    for losses in (
-        changed,
-        np.where([[[False], [True]]] * 2, 2.5, changed),
-        np.where([[[False], [True]]] * 2, math.nan, changed),
-    ):
+    some = with_losses().losses_along.copy()
+    some[1, 1, -3:] = math.inf, math.nan, math.nan
+    equal, none = some.copy(), some.copy()
+    equal[:, 1], none[:, 1] = 2.5, math.nan
+    for losses in (some, equal, none):
         ax = plot_losses_along(spectrum(-2.0, 8.0, losses_along=losses))
         assert np.isfinite(ax.get_ylim()).all()
         ax.figure.draw_without_rendering()
@@ -138,16 +134,11 @@ class TestCumulative:
     weights = ((0.1, 0.1, 0.5, 0.2, 0.1),)
     nodes = (-3.0, -2.0, 0.5, 1.0, 4.0)
 
-    def sides(self, ax: Any) -> dict[str, Any]:
-        return {to_hex(line.get_color()).upper(): line for line in ax.lines if line.get_drawstyle() == "steps-post"}
-
-    def bands(self, ax: Any) -> dict[str, Any]:
-        return {to_hex(band.get_facecolor()).upper(): band.get_paths()[0].vertices for band in ax.collections}
-
     def test_lines_are_the_numbers_beyond_each_threshold(self):
         found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
         assert not found.converged_nodes.any()
-        sides = self.sides(plot_cumulative(found))
+        drawn = [line for line in plot_cumulative(found).lines if line.get_drawstyle() == "steps-post"]
+        sides = {to_hex(line.get_color()).upper(): line for line in drawn}
         points = found.cumulative_band[0]
         below, above = sides[NEGATIVE], sides[POSITIVE]
         assert {*points[points < 0], -2.0, 0.0} <= set(below.get_xdata().tolist())
@@ -169,16 +160,24 @@ class TestCumulative:
             inside = (least < expected) & (expected < most) & (thresholds != 0)
             np.testing.assert_allclose(line[inside], expected[inside], atol=1e-9)
 
-    def test_eigenvalues_of_zero_are_beyond_it_on_neither_side(self):
+    def test_converged_nodes_have_narrow_bands_and_zero_is_beyond_it_on_neither_side(self):
         found = spectrum(-1.0, 0.0, 2.0, dimension=3)
         for is_above, at in ((False, -1), (True, 0)):
             thresholds, numbers = numbers_beyond(found, is_above=is_above)
             assert thresholds[at] == 0.0
             assert numbers[1, at] == pytest.approx(1.0)
+        exact = spectrum(-1.0, 0.5, 2.0, dimension=3)
+        for is_above, expected in ((False, {0, 1}), (True, {0, 1, 2})):
+            thresholds, (least, found, most) = numbers_beyond(exact, is_above=is_above)
+            wide = np.diff(thresholds, append=2 * thresholds[-1] if is_above else 0.0) > 1e-6
+            assert least[wide] == pytest.approx(most[wide])
+            assert least[wide] == pytest.approx(found[wide])
+            assert set(found[wide].round()) <= expected
 
     def test_bands_are_the_bounds(self):
         found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
-        bands = self.bands(plot_cumulative(found))
+        drawn = plot_cumulative(found).collections
+        bands = {to_hex(band.get_facecolor()).upper(): band.get_paths()[0].vertices for band in drawn}
         points, low, high = found.cumulative_band
         for color, is_above in ((NEGATIVE, False), (POSITIVE, True)):
             numbers = numbers_beyond(found, is_above=is_above)[1]
@@ -189,25 +188,13 @@ class TestCumulative:
                     ends = (100 * (1 - most), 100 * (1 - least)) if is_above else (100 * least, 100 * most)
                     assert {(float(at), round(max(end, BOTTOM), 6)) for end in ends} <= corners
 
-    def test_bands_are_as_narrow_as_the_lines_where_nodes_have_converged(self):
-        exact = spectrum(-1.0, 0.5, 2.0, dimension=3)
-        for is_above, expected in ((False, {0, 1}), (True, {0, 1, 2})):
-            thresholds, (least, found, most) = numbers_beyond(exact, is_above=is_above)
-            wide = np.diff(thresholds, append=2 * thresholds[-1] if is_above else 0.0) > 1e-6
-            assert least[wide] == pytest.approx(most[wide])
-            assert least[wide] == pytest.approx(found[wide])
-            assert set(found[wide].round()) <= expected
-
-    def test_the_title_tells_the_number_of_negative_eigenvalues(self):
-        ax = plot_cumulative(spectrum(-1.0, 0.5, 2.0, dimension=3), title="start")
-        assert ax.get_title() == "start\n1 of 3 eigenvalues are negative"
-
     @pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
     def test_every_kind_of_spectrum_can_be_drawn(self, nodes: tuple[float, ...]) -> None:
         found = spectrum(*nodes, residual=1e-12)
-        ax = plot_cumulative(found)
+        ax = plot_cumulative(found, title="start")
         low, high = found.negative_count
-        assert ax.get_title() == f"{low if low == high else f'{low} to {high}'} of 100 eigenvalues are negative"
+        count = low if low == high else f"{low} to {high}"
+        assert ax.get_title() == f"start\n{count} of 100 eigenvalues are negative"
         (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
         assert left < min(nodes)
         assert max(nodes) < right
@@ -233,6 +220,14 @@ class TestLayers:
         assert ax.get_ylim() == (1.5, -0.5)  # the first layer is at the top
         assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
         assert [label.get_text() for label in ax.get_xticklabels()] == ["start", "4"]
+        # Another quantity, and mistakes.
+        ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
+        assert ax.collections[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
+        assert ax.get_xlabel() == "step"
+        with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
+            plot_layers(self.layers, "size")
+        with pytest.raises(ValueError, match="`history` has no values of layers"):
+            plot_layers({})
 
     def test_colors_are_logarithmic_or_a_root_that_keeps_signs(self):
         signed = plot_layers(self.layers).collections[0].norm
@@ -241,16 +236,13 @@ class TestLayers:
         positive = {0: {"a": spectrum(1.0), "b": spectrum(100.0)}}
         assert plot_layers(positive).collections[0].norm(10.0) == pytest.approx(0.5)
 
-    def test_what_all_names_begin_with_is_the_label(self):
+    def test_what_all_names_begin_with_is_the_label_and_a_later_layer_is_empty_before(self):
         layers = {0: {"net.block.0.fc": spectrum(1.0), "net.block.1": spectrum(2.0)}}
         ax = plot_layers(layers)
         assert [label.get_text() for label in ax.get_yticklabels()] == ["0.fc", "1"]
         assert ax.get_ylabel() == "layer of net.block"
-
-    def test_other_quantities(self):
-        ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
-        assert ax.collections[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
-        assert ax.get_xlabel() == "step"
+        layers = {0: {"a": spectrum(1.0)}, 1: {"a": spectrum(2.0), "b": spectrum(3.0)}}
+        assert plot_layers(layers).collections[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
 
     def test_colors_of_shares_end_at_0_and_1(self):
         layers = {0: {"a": spectrum(1.0), "b": spectrum(3.0)}, 1: {"a": spectrum(-3.0), "b": spectrum(4.0)}}
@@ -261,13 +253,3 @@ class TestLayers:
         undefined = plot_layers({0: {"a": spectrum(-1.0)}}, "trace_share")  # no share of a trace that is not positive
         assert undefined.collections[0].get_array().mask.all()
         undefined.figure.draw_without_rendering()
-
-    def test_a_layer_that_came_later_is_empty_before(self):
-        layers = {0: {"a": spectrum(1.0)}, 1: {"a": spectrum(2.0), "b": spectrum(3.0)}}
-        assert plot_layers(layers).collections[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
-
-    def test_mistakes(self):
-        with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
-            plot_layers(self.layers, "size")
-        with pytest.raises(ValueError, match="`history` has no values of layers"):
-            plot_layers({})

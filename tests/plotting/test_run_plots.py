@@ -1,7 +1,5 @@
 """What the figures of a run show."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -59,32 +57,31 @@ def names(ax: Any) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_can_be_drawn(kind: str) -> None:
     drawn(plot_c_t(KINDS[kind]))
-    if kind != "failures only":
+    if kind == "failures only":
+        with pytest.raises(ValueError, match="all analyses failed"):
+            plot_density_evolution(KINDS[kind])
+    else:
         drawn(plot_density_evolution(KINDS[kind]))
 
 
 @pytest.mark.parametrize("plot", [plot_c_t, plot_density_evolution])
-def test_draws_on_the_axes_it_is_given(plot: Any) -> None:
+def test_draws_on_the_axes_it_is_given_but_no_empty_run(plot: Any) -> None:
     ax = Figure().subplots(1, 2)[1]
     assert plot(RUN, ax) is ax
     assert ax.lines
-
-
-def test_nothing_to_draw() -> None:
-    for plot in (plot_c_t, plot_density_evolution):
-        with pytest.raises(ValueError, match="the history has no record"):
-            plot([])
-    with pytest.raises(ValueError, match="all analyses failed"):
-        plot_density_evolution([FAILED])
+    with pytest.raises(ValueError, match="the history has no record"):
+        plot([])
 
 
 # The axis along the run -----------------------------------------------------------------------------------------------
 
 
 class TestRunAxis:
-    def test_epochs_or_steps(self):
+    def test_epochs_or_steps_and_edges_half_way(self):
         assert RunAxis.of(RUN) == RunAxis((-1, 0, 1, 2, 5), "epoch")
         assert RunAxis.of(KINDS["steps"]) == RunAxis((3, 6), "step")
+        assert RunAxis((-1, 0, 4), "epoch").edges().tolist() == [-1.5, -0.5, 2.0, 6.0]
+        assert RunAxis((7,), "epoch").edges().tolist() == [6.5, 7.5]
 
     def test_many_have_round_numbers_and_the_start_apart(self):
         axis = RunAxis((-1, *range(60)), "epoch")
@@ -93,10 +90,6 @@ class TestRunAxis:
         assert RunAxis(tuple(range(60)), "epoch").ticks()[0] == 0
         assert RunAxis((-1, 30, 60, 90), "step").name(-1) == "-1"
         assert RunAxis((-1, 0, 99), "epoch").ticks()[:2] == [-1, 15]  # two that are close do not collide
-
-    def test_edges_are_half_way(self):
-        assert RunAxis((-1, 0, 4), "epoch").edges().tolist() == [-1.5, -0.5, 2.0, 6.0]
-        assert RunAxis((7,), "epoch").edges().tolist() == [6.5, 7.5]
 
 
 def test_linear_threshold() -> None:
@@ -133,13 +126,13 @@ class TestC_t:
         assert heights == {POSITIVE: pytest.approx((-0.6, top)), NEGATIVE: pytest.approx((bottom, -0.6))}
         assert {text.get_text() for text in ax.texts} == {"MP", "MN"}
 
-    @pytest.mark.parametrize(("smallest", "scale"), [(0.2, "linear"), (0.01, "symlog")])
-    def test_logarithmic_only_if_there_are_values_near_zero(self, smallest: float, scale: str):
-        ax = plot_c_t([record(0, -0.9, 1.0), record(1, -smallest, 1.0)])
-        assert ax.get_yscale() == scale
-        assert ax.get_ylim()[0] < -1 < -smallest < 0 < ax.get_ylim()[1]
+    def test_logarithmic_only_if_there_are_values_near_zero(self):
+        for smallest, scale in ((0.2, "linear"), (0.01, "symlog")):
+            ax = plot_c_t([record(0, -0.9, 1.0), record(1, -smallest, 1.0)])
+            assert ax.get_yscale() == scale
+            assert ax.get_ylim()[0] < -1 < -smallest < 0 < ax.get_ylim()[1]
 
-    def test_failed_and_undefined(self):
+    def test_marks_of_values_that_are_missing_uncertain_or_beyond_the_axis(self):
         ax = plot_c_t([*RUN, record(6, 0.0, reason="no curvature")])
         assert line(ax, "failed").get_xdata().tolist() == [1]
         assert line(ax, "undefined").get_xdata().tolist() == [6]
@@ -147,15 +140,11 @@ class TestC_t:
         assert np.isnan(curve).tolist() == [False, False, True, False, False, True]  # a gap, and no line across it
         assert {"failed", "undefined"} <= set(labels(ax))
         assert not {"failed", "undefined"} & set(labels(plot_c_t(RUN[:2])))
-
-    def test_hollow_where_the_type_is_open(self):
         ax = plot_c_t([record(0, -0.1, 1.0), record(1, -0.55, 1.0, residual=0.2)])
         hollow = line(ax, "type uncertain")
         assert hollow.get_xydata().tolist() == [[1, -0.55]]
         assert hollow.get_markerfacecolor() == "white"
-
-    def test_beyond_the_axis(self):
-        """Without positive curvature C_t is minus infinity: at the bottom, with a mark of its own."""
+        # Without positive curvature C_t is minus infinity: at the bottom, with a mark of its own.
         ax = plot_c_t(KINDS["negative"])
         assert line(ax, "further down").get_xydata().tolist() == [[0, ax.get_ylim()[0]]]
 
@@ -178,13 +167,11 @@ class TestC_t:
         points = ax.transData.transform([(r.epoch, r.spectrum.c_t) for r in run[:4]])
         assert not any(legend.contains(*point) for point in [*marks, *points])
 
-    def test_picks(self):
+    def test_picks_are_among_equal_losses_and_mp(self):
         ax = plot_c_t(RUN)
         assert line(ax, "highest $C_t$: epoch 2").get_xydata().tolist() == [[2, -0.025]]
         assert line(ax, r"lowest $\lambda_{\max}$: epoch 0").get_xydata().tolist() == [[0, -0.25]]
         assert not any("est $" in label for label in labels(plot_c_t(RUN, tolerance=None)))
-
-    def test_picks_are_among_equal_losses_and_mp(self):
         low_loss = replace(record(7, -0.5, 1.0), spectrum=replace(spectrum(-0.5, 1.0), loss=0.1))
         assert "highest $C_t$: epoch 7" in labels(plot_c_t([*RUN, low_loss]))
         assert "highest $C_t$: epoch 2" in labels(plot_c_t([*RUN, low_loss], tolerance=1.0))
@@ -200,21 +187,17 @@ def mesh(ax: Any) -> Any:
 
 
 class TestEvolution:
-    def test_lines_are_the_extremes(self):
+    def test_lines_are_the_extremes_and_the_axes_hold_them(self):
         ax = plot_density_evolution(RUN)
         assert line(ax, r"$\lambda_{\max}$").get_xdata().tolist() == [-1, 0, 1, 2, 5]
         np.testing.assert_array_equal(line(ax, r"$\lambda_{\max}$").get_ydata(), [1.0, 2.0, math.nan, 4.0, 2.5])
         np.testing.assert_array_equal(line(ax, r"$\lambda_{\min}$").get_ydata(), [-0.9, -0.5, math.nan, -0.1, -0.2])
         assert line(ax, "failed").get_xdata().tolist() == [1]
-
-    def test_extent(self):
-        ax = plot_density_evolution(RUN)
         corners = mesh(ax).get_coordinates()
         assert corners[0, :, 0].tolist() == RunAxis.of(RUN).edges().tolist()
         assert (corners[0, 0, 1], corners[-1, 0, 1]) == pytest.approx(ax.get_ylim())
         assert ax.get_yscale() == "symlog"
-        assert ax.get_ylim()[0] < -0.9
-        assert ax.get_ylim()[1] > 4.0
+        assert ax.get_ylim()[0] < -0.9 < 4.0 < ax.get_ylim()[1]
 
     def test_every_column_has_its_nodes_and_a_failed_one_nothing(self):
         ax = plot_density_evolution(RUN)
@@ -229,7 +212,7 @@ class TestEvolution:
             assert heights[:-1][shown].min() > 1.5 * made.spectrum.lambda_min
             assert heights[1:][shown].max() < 1.5 * made.spectrum.lambda_max
 
-    def test_density_is_per_decade(self):
+    def test_density_is_per_decade_and_shared_by_probes(self):
         """An eigenvalue of weight 1/2 far from zero: half of all, spread by a Gaussian on the logarithmic axis."""
         ax = plot_density_evolution([record(0, 1e-3, 100.0)])
         values, heights = mesh(ax).get_array()[:, 0], mesh(ax).get_coordinates()[:, 0, 1]
@@ -238,18 +221,17 @@ class TestEvolution:
         assert float((values[upper].filled(0.0)[: len(widths)] * widths).sum()) == pytest.approx(0.5, rel=0.06)
         peak = 0.5 / (SMOOTHING * math.sqrt(2 * math.pi))
         assert float(values[upper].max()) == pytest.approx(peak, rel=0.02)
+        twice = SpectrumRecord(0, 10, spectrum(1e-3, 100.0, weights=[[0.5, 0.5]] * 2))
+        np.testing.assert_allclose(mesh(plot_density_evolution([twice])).get_array()[:, 0], values)
 
-    def test_probes_share_the_density(self):
-        one = record(0, 1e-3, 100.0)
-        twice = spectrum(1e-3, 100.0, weights=[[0.5, 0.5]] * 2)
-        shown = [mesh(plot_density_evolution([r])).get_array() for r in (one, replace(one, spectrum=twice))]
-        np.testing.assert_allclose(shown[0], shown[1])
-
-    def test_colors_reach_down_to_single_eigenvalues(self):
+    def test_single_eigenvalues_have_a_color_and_the_smallest_extreme_is_clear_of_zero(self):
         image = mesh(plot_density_evolution(RUN))
         one = 1 / RUN[0].spectrum.dimension / (SMOOTHING * math.sqrt(2 * math.pi))
         assert image.norm.vmin == pytest.approx(MIN_SHARE_OF_ONE * one)
         assert type(image.norm).__name__ == "LogNorm"
+        ax = plot_density_evolution([record(0, -0.003, 50.0)])
+        assert ax.yaxis.get_transform().linthresh == pytest.approx(0.001)
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "100", "1", "0.01"]
 
     def test_the_weight_of_a_node_with_a_residual_is_spread_over_its_cell(self):
         def column(residual: float) -> Any:
@@ -259,11 +241,6 @@ class TestEvolution:
         point, spread = column(0.0), column(0.09)
         assert spread.max() < 0.75 * point.max()
         assert spread.sum() == pytest.approx(point.sum(), rel=0.01)
-
-    def test_smallest_extreme_is_clear_of_zero(self):
-        ax = plot_density_evolution([record(0, -0.003, 50.0)])
-        assert ax.yaxis.get_transform().linthresh == pytest.approx(0.001)
-        assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "100", "1", "0.01"]
 
 
 class TestLayersOfAHistory:
@@ -276,12 +253,10 @@ class TestLayersOfAHistory:
         assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 10]]
         assert ax.get_xlabel() == "epoch"
 
-    def test_steps_where_epochs_have_several(self):
+    def test_steps_where_epochs_have_several_and_an_error_without_layers(self):
         run = [replace(r, layers={"a": spectrum(1.0, 2.0)}) for r in KINDS["steps"]]
         assert names(plot_layers(run)) == ["3", "6"]
         assert plot_layers(run).get_xlabel() == "step"
-
-    def test_without_layers(self):
         with pytest.raises(ValueError, match=r"`history` has no values of layers: .* kept no Krylov basis"):
             plot_layers(RUN)
 

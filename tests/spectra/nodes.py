@@ -1,12 +1,11 @@
-"""Spectra of given nodes."""
-
-from __future__ import annotations
+"""Spectra of given nodes, and layers of given curvature."""
 
 from typing import Any
 
 import numpy as np
 
 from lightning_hesd import Spectrum
+from lightning_hesd.spectra.layer_curvature import LayerCurvature
 
 
 def spectrum(
@@ -31,3 +30,8 @@ def spectrum(
         "verified": "yes",
     }
     return Spectrum(**{**fields, **changes})
+
+
+def layer(size: int, trace: float, negative: float = 0.5, error: float = 0.0) -> LayerCurvature:
+    """A layer that has this share of the negative curvature, in a network of trace one."""
+    return LayerCurvature(size, trace, error, trace, negative, trace, 0.5, (0.0, 1.0), (-1.0, 0.0))

@@ -1,9 +1,9 @@
 """Records as plain values and back; errors of the program are no damage of files."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +17,8 @@ from lightning_hesd.spectra.codec import Packing, load_layers, pack_records, sav
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum_data import OPTIONAL, REQUIRED, STORED_ARRAYS
 from lightning_hesd.spectra.validation import parsed
+from tests.states import history_of
 from tests.training.scripted import make_spectrum
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 words = st.text(st.characters(codec="utf-8"), max_size=4)
 sizes = st.floats(1e-300, 1e100)
@@ -133,10 +130,6 @@ def mistaken(*_: Any, **__: Any) -> Any:
     raise AttributeError(msg)
 
 
-def read_history(folder: Path) -> None:
-    SpectrumHistory.load(folder)
-
-
 def read_state(folder: Path) -> None:
     callback = HessianSpectrumCallback()
     callback.history.append(SpectrumRecord(0, 1, make_spectrum(-0.2)))
@@ -158,8 +151,8 @@ def read_payload(folder: Path) -> None:
     ("module", "name", "read"),
     [
         (spectrum_data, "check_rules", lambda folder: Spectrum.load(next(folder.glob("*.npz")))),
-        (spectrum_data, "check_spectrum", read_history),
-        (codec, "check_comparable", read_history),
+        (spectrum_data, "check_spectrum", SpectrumHistory.load),
+        (codec, "check_comparable", SpectrumHistory.load),
         (codec, "check_fields", read_state),
         (spectrum_data, "check_rules", read_results),
         (payload_reading, "check_fields", read_payload),
@@ -167,11 +160,9 @@ def read_payload(folder: Path) -> None:
     ids=["spectrum", "history", "comparison", "state", "results", "payload"],
 )
 def test_a_mistake_of_the_program_is_not_called_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, read: Callable[[Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, read: Callable[[Path], object]
 ) -> None:
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(0, 1, make_spectrum(-0.2), generalization=make_spectrum(-0.3)))
-    history.save(tmp_path)
+    history_of(SpectrumRecord(0, 1, make_spectrum(-0.2), generalization=make_spectrum(-0.3))).save(tmp_path)
     read(tmp_path)  # nothing is damaged
     monkeypatch.setattr(module, name, mistaken)
     with pytest.raises(AttributeError, match="has no attribute 'x'"):

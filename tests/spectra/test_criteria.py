@@ -21,39 +21,29 @@ def ends(draw_low: float, draw_high: float) -> tuple[float, float]:
 
 class TestCt:
     @pytest.mark.parametrize(
-        ("lambda_min", "lambda_max", "expected"),
+        ("lambda_min", "lambda_max", "rounding", "expected"),
         [
-            (-1.0, 4.0, -0.25),
-            (-4.0, 1.0, -4.0),
-            (0.5, 4.0, 0.0),  # no negative eigenvalue
-            (0.0, 4.0, 0.0),  # zero is not negative
-            (-1.0, -0.5, -math.inf),  # no positive eigenvalue
-            (-1.0, 0.0, -math.inf),  # zero is not positive
+            (-1.0, 4.0, 0.0, -0.25),
+            (-4.0, 1.0, 0.0, -4.0),
+            (0.5, 4.0, 0.0, 0.0),  # no negative eigenvalue
+            (0.0, 4.0, 0.0, 0.0),  # zero is not negative
+            (-1.0, -0.5, 0.0, -math.inf),  # no positive eigenvalue
+            (-1.0, 0.0, 0.0, -math.inf),  # zero is not positive
+            (-0.5, 4.0, 0.5, 0.0),  # up to the rounding threshold there is no sign
+            (math.nextafter(-0.5, -1), 4.0, 0.5, math.nextafter(-0.5, -1) / 4.0),
+            (-4.0, 0.5, 0.5, -math.inf),
+            (-4.0, math.nextafter(0.5, 1), 0.5, -4.0 / math.nextafter(0.5, 1)),
         ],
     )
-    def test_is_the_ratio_of_the_extremes_with_defined_edge_cases(self, lambda_min, lambda_max, expected):
-        assert criteria.c_t(lambda_min, lambda_max) == expected
+    def test_is_the_ratio_of_the_extremes_with_defined_edge_cases(self, lambda_min, lambda_max, rounding, expected):
+        assert criteria.c_t(lambda_min, lambda_max, rounding) == expected
 
-    def test_is_undefined_without_any_curvature(self):
+    def test_is_undefined_without_any_curvature_and_zero_is_positive(self):
         assert math.isnan(criteria.c_t(0.0, 0.0))
         assert math.isnan(criteria.c_t(-1e-9, 1e-9, rounding=1e-8))
-
-    def test_no_negative_eigenvalue_gives_positive_zero(self):
         # -0.0 would print as "-0.0" in every log.
         assert math.copysign(1.0, criteria.c_t(0.5, 4.0)) == 1.0
         assert math.copysign(1.0, criteria.c_t(-1e-9, 4.0, rounding=1e-8)) == 1.0
-
-    @pytest.mark.parametrize(
-        ("lambda_min", "lambda_max", "expected"),
-        [
-            (-0.5, 4.0, 0.0),  # at the threshold: not negative
-            (math.nextafter(-0.5, -1), 4.0, math.nextafter(-0.5, -1) / 4.0),
-            (-4.0, 0.5, -math.inf),  # at the threshold: not positive
-            (-4.0, math.nextafter(0.5, 1), -4.0 / math.nextafter(0.5, 1)),
-        ],
-    )
-    def test_eigenvalues_up_to_the_rounding_threshold_have_no_sign(self, lambda_min, lambda_max, expected):
-        assert criteria.c_t(lambda_min, lambda_max, rounding=0.5) == expected
 
 
 class TestInterval:
@@ -161,13 +151,11 @@ class TestKH:
         value = criteria.k_h(np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), n)
         assert value == pytest.approx([plain_k_h(*row, n) for row in rows], rel=1e-14)
 
-    def test_padding_does_not_count(self):
+    def test_padding_does_not_count_and_a_sign_that_is_missing_makes_zero_or_undefined(self):
         # |-4 · 1/4|½ = 1;  (1 · 1/4)½ + (8 · 1/2)½ = ½ + 2
         nodes = np.array([[-4.0, 1.0, 8.0], [-1.0, 4.0, np.nan]])
         weights = np.array([[0.25, 0.25, 0.5], [0.5, 0.5, 0.0]])
         assert criteria.k_h(nodes, weights) == pytest.approx([0.4, 0.5], rel=1e-15)
-
-    def test_no_positive_node_is_undefined_for_that_probe_only_and_no_negative_one_gives_zero(self):
         value = criteria.k_h(np.array([[-2.0, -1.0], [-1.0, 1.0], [1.0, 2.0]]), np.full((3, 2), 0.5))
         assert value == pytest.approx([math.nan, 1.0, 0.0], abs=0.0, nan_ok=True)
 
@@ -177,34 +165,28 @@ class TestKH:
         assert criteria.k_h(nodes[:, :2], weights[:, :2], 1.0, rounding=0.4).tolist() == [1.0]
         assert math.isnan(criteria.k_h(nodes[:, :2], weights[:, :2], 1.0, rounding=0.5)[0])
 
-    @pytest.mark.parametrize("n", [0.0, -1.0, math.nan])
-    def test_the_exponent_must_be_positive(self, n):
-        with pytest.raises(ValueError, match=r"`n` must be positive"):
-            criteria.k_h(np.array([[1.0]]), np.array([[1.0]]), n)
+    def test_the_exponent_must_be_positive(self):
+        for n in (0.0, -1.0, math.nan):
+            with pytest.raises(ValueError, match=r"`n` must be positive"):
+                criteria.k_h(np.array([[1.0]]), np.array([[1.0]]), n)
 
 
 class TestUndefinedReason:
     EPSILON = 2.0**-23
 
-    @pytest.mark.parametrize("loss", [0.0, 1.0, -1.0])
-    def test_no_curvature_at_all(self, loss):
-        reason = criteria.undefined_reason(0.0, loss, 1.0, self.EPSILON)
-        assert "no curvature" in reason
-
-    @pytest.mark.parametrize("sign", [1.0, -1.0])
-    def test_curvature_below_the_rounding_of_the_loss(self, sign):
+    def test_no_curvature_or_less_than_the_rounding_of_the_loss(self):
+        for loss in (0.0, 1024.0, -1024.0):
+            assert "no curvature" in criteria.undefined_reason(0.0, loss, 4.0, self.EPSILON)
         # floor = ε·|loss|/max(1, ‖w‖²) = 2⁻²³·1024/4 = 2⁻¹⁵
-        arguments = (sign * 1024.0, 4.0, self.EPSILON)
-        assert criteria.undefined_reason(2.0**-15, *arguments) is not None
-        assert criteria.undefined_reason(1.001 * 2.0**-15, *arguments) is None
+        for loss in (1024.0, -1024.0):
+            assert criteria.undefined_reason(2.0**-15, loss, 4.0, self.EPSILON) is not None
+            assert criteria.undefined_reason(1.001 * 2.0**-15, loss, 4.0, self.EPSILON) is None
 
-    def test_short_weights_are_judged_by_a_step_of_unit_length(self):
+    def test_a_step_of_unit_length_or_more_and_errors_larger_than_all_eigenvalues(self):
         reason = criteria.undefined_reason(1e-9, 1.0, 1e-6, self.EPSILON)
         assert all(figure in reason for figure in ("1e-09", f"{self.EPSILON:.3g}"))
         assert criteria.undefined_reason(2.0**-23, 1.0, 1e-6, self.EPSILON) is not None
         assert criteria.undefined_reason(1.001 * 2.0**-23, 1.0, 1e-6, self.EPSILON) is None
-
-    def test_errors_larger_than_all_eigenvalues(self):
         assert criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=1.9) is None
         reason = criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=3.5)
         assert "2 in size, and the error of the products is 3.5" in reason

@@ -18,11 +18,9 @@ def converged(nodes, weights=None, residuals=0.0, dimension=100, rounding=1e-15)
 
 
 class TestConvergedNodes:
-    def test_residuals_are_relative(self):
+    def test_residuals_are_relative_and_a_node_that_rounding_hides_is_none(self):
         residuals = [[2e-8, 1e-10, 1e-10, 1e-9, 0.5]]
         assert converged([-1.0, -0.5, 1e-3, 1.0, 4.0], residuals=residuals) == [False, True, False, True, False]
-
-    def test_a_node_that_rounding_hides_is_not_one(self):
         assert converged([0.01, 0.5, 1.0], residuals=[[0.0, 0.0, 1.0]], rounding=1e-3) == [False, True, False]
 
     @pytest.mark.parametrize(("gap", "expected"), [(1e-13, True), (1e-15, False)])
@@ -30,11 +28,9 @@ class TestConvergedNodes:
         nodes = [0.3, 1.0, 1.0 + gap, 2.0, 3.0]
         assert converged(nodes, residuals=[[0, 0, 0, 0, 1]], rounding=1e-14) == [expected] * 4 + [False]
 
-    def test_a_node_of_large_weight_alone_does_not_count(self):
+    def test_nodes_of_large_weight_and_their_copies_do_not_count(self):
         weights = [0.01, 0.01, 0.3, 0.02, 0.66]
         assert converged([1, 2, 3, 4, 5], weights, [[0, 0, 0, 0, 1]]) == [True, True, False, True, False]
-
-    def test_copies_of_a_node_of_large_weight_do_not_count_either(self):
         nodes = [0.05 - 1e-16, 0.05, 1.0, 2.0, 3.0]
         weights = [1e-9, 0.9, 0.01, 0.01, 0.08]
         assert converged(nodes, weights, [[0, 0, 0, 0, 1]]) == [False, False, True, True, False]
@@ -44,33 +40,18 @@ class TestConvergedNodes:
         assert converged([1e-9, 1.0, 2.0], weights, [[0.0, 1e-7, 5e-7]], rounding=rounding) == [False, True, True]
         assert converged([1e-9, 1.0, 2.0], weights, [[0.1, 1e-7, 5e-7]], rounding=rounding) == [False] * 3
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_a_shifted_null_space_leaves_the_others_simple(self, dtype):
-        for seed in range(4):
-            spectrum = analyze(SPECTRA["null space"] + 0.05, seed, dtype=dtype)
-            assert spectrum.converged_nodes.sum() >= 18
-            assert spectrum.trace == pytest.approx((SPECTRA["null space"] + 0.05).sum(), rel=1e-3)
-
     def test_weights_that_are_too_large_together_make_none_count(self):
         # χ² of ten degrees of freedom exceeds 29.6 in one of a thousand cases.
         for total, expected in ((28.5, True), (30.5, False)):
             weights = [total / 1000] * 10 + [1 - total / 100]
             assert converged([*range(1, 11), 20], weights, [[0.0] * 10 + [1.0]]) == [expected] * 10 + [False]
 
-    def test_after_all_steps_every_node_is_an_eigenvalue(self):
+    def test_after_all_steps_every_node_is_an_eigenvalue_and_fewer_that_hold_the_whole_vector_are_multiple(self):
         assert converged([0.0, 1.0, 1.0, np.nan], [0.9, 0.1, 0.0, 0.0], dimension=3) == [True, True, True, False]
-
-    def test_fewer_eigenvalues_than_dimensions_that_hold_the_whole_vector_are_multiple(self):
         assert converged([1.0, 2.0, np.nan], [0.4, 0.6, 0.0], dimension=3) == [False] * 3
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_copies_of_eigenvalues_are_noticed(self, dtype):
-        eigenvalues = np.repeat(np.arange(1.0, 76) ** -1.2, 2)
-        spectra = [analyze(eigenvalues, seed, (40,), dtype) for seed in range(8)]
-        assert not any(spectrum.converged_nodes.any() for spectrum in spectra)
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_they_are_eigenvalues(self, dtype):
+    def test_they_are_eigenvalues_unless_these_have_copies(self, dtype):
         found = 0
         for name in ("outliers", "power law", "both signs", "close"):
             spectrum = analyze(SPECTRA[name], 1, (40, 30), dtype)
@@ -78,6 +59,14 @@ class TestConvergedNodes:
             assert np.abs(nodes[:, None] - SPECTRA[name]).min(axis=1).max() <= spectrum.rounding
             found += len(nodes)
         assert found > 70
+        # Copies of eigenvalues are noticed, and a shifted null space leaves the others simple.
+        eigenvalues = np.repeat(np.arange(1.0, 76) ** -1.2, 2)
+        spectra = [analyze(eigenvalues, seed, (40,), dtype) for seed in range(8)]
+        assert not any(spectrum.converged_nodes.any() for spectrum in spectra)
+        for seed in range(4):
+            spectrum = analyze(SPECTRA["null space"] + 0.05, seed, dtype=dtype)
+            assert spectrum.converged_nodes.sum() >= 18
+            assert spectrum.trace == pytest.approx((SPECTRA["null space"] + 0.05).sum(), rel=1e-3)
 
 
 @pytest.mark.parametrize("probability", [0.9, 0.99, 0.999])
@@ -125,22 +114,14 @@ class TestTraceError:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     @pytest.mark.parametrize(
         "eigenvalues",
-        [
-            np.full(SMALL, 0.7),
-            -np.ones(SMALL),
-            np.zeros(SMALL),
-            SPECTRA["power law"][:30],
-            np.r_[3.0, np.zeros(SMALL)],
-            np.array([2.0]),
-        ],
-        ids=["equal", "-identity", "zero", "all found", "rank one", "one"],
+        [np.full(SMALL, -0.7), np.zeros(SMALL), SPECTRA["power law"][:30], np.eye(SMALL)[0], np.array([2.0])],
+        ids=["equal", "zero", "all found", "rank one", "one"],
     )
     def test_of_what_is_not_random_is_rounding(self, eigenvalues, dtype):
         for seed in range(5):
             spectrum = analyze(eigenvalues, seed, dtype=dtype)
-            assert abs(spectrum.trace - float(torch.tensor(eigenvalues, dtype=dtype).double().sum())) <= (
-                spectrum.trace_error
-            )
+            trace = float(torch.tensor(eigenvalues, dtype=dtype).double().sum())
+            assert abs(spectrum.trace - trace) <= spectrum.trace_error
             assert spectrum.trace_error <= 2 * len(eigenvalues) * spectrum.rounding
 
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -159,13 +140,7 @@ class TestTraceError:
         u = rng.choice([-1.0, 1.0], SMALL) / np.sqrt(SMALL)
         product = matrix @ u
         node = u @ product
-        error = deflation.trace_error(
-            np.array([[node]]),
-            np.ones((1, 1)),
-            np.array([[np.linalg.norm(product - node * u)]]),
-            np.zeros((1, 1), dtype=bool),
-            dimension=SMALL,
-            rounding=0.0,
-            on_sphere=False,
-        )
+        rule = np.array([[node]]), np.ones((1, 1)), np.array([[np.linalg.norm(product - node * u)]])
+        none = np.zeros((1, 1), dtype=bool)
+        error = deflation.trace_error(*rule, none, dimension=SMALL, rounding=0.0, on_sphere=False)
         assert np.std(estimates) < error < 2 * np.std(estimates)

@@ -1,7 +1,5 @@
 """Errors of differences of spectra on the same samples: the formulas, and resampled data."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -18,17 +16,11 @@ from lightning_hesd.spectra.spectrum import Spectrum
 from tests.training.scripted import make_spectrum
 
 
-def resampled(c_t: float, lowest: list[float], highest: list[float], **fields: Any) -> Spectrum:
+def resampled(c_t: float, lowest: list[float], highest: list[float]) -> Spectrum:
     """A spectrum with λ_max = 2, and its extremes for three resamples of two groups of samples."""
     groups = np.array([[0.75, 0.25], [-1.0, -2.0], [2.0, 1.0]])
-    extremes = np.array([lowest, highest])
-    return replace(
-        make_spectrum(c_t, lambda_max=2.0),
-        group_curvatures=groups,
-        resampled_extremes=extremes,
-        num_samples=4,
-        **fields,
-    )
+    resamples = {"group_curvatures": groups, "resampled_extremes": np.array([lowest, highest])}
+    return replace(make_spectrum(c_t, lambda_max=2.0), num_samples=4, **resamples)
 
 
 FIRST = resampled(-0.5, [-1.0, -2.0, 0.5], [2.0, 1.0, 2.5])
@@ -46,9 +38,7 @@ def test_formulas() -> None:
     assert of_c_t.standard_error == pytest.approx(np.std(ours - theirs, ddof=1))
     assert of_c_t.unpaired_error == pytest.approx(math.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1)))
     assert of_c_t.numerical_error == FIRST.c_t_error + second.c_t_error
-
-
-def test_a_state_does_not_differ_from_itself() -> None:
+    # A state does not differ from itself.
     difference = c_t_difference(FIRST, FIRST)
     assert (difference.value, difference.standard_error, difference.is_evident) == (0.0, 0.0, False)
     assert difference.unpaired_error > 0.1

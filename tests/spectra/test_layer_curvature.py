@@ -114,12 +114,10 @@ class TestTraces:
             for block, layer in zip(blocks(matrix), analyze(matrix, seed, dtype=dtype).values(), strict=True):
                 assert abs(layer.trace - np.trace(block)) <= 2 * layer.trace_error <= 2000 * torch.finfo(dtype).eps
 
-    def test_of_nothing_there_are_no_shares(self):
+    def test_of_nothing_there_are_no_shares_and_of_a_single_step_nothing_is_known(self):
         for layer in analyze(MATRICES["zero"]).values():
             assert math.isnan(layer.trace_share)
             assert math.isnan(layer.negative_share)
-
-    def test_of_a_single_step_are_not_known(self):
         assert analyze(MATRICES["uniform"], steps=1) == {}
         assert len(analyze(MATRICES["identity"], steps=1)) == len(SIZES)
 

@@ -1,7 +1,5 @@
 """The picks by the loss over the analysis samples: of records, and of their payloads, against the definition."""
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

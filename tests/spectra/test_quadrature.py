@@ -44,17 +44,12 @@ class TestGaussQuadrature:
         np.testing.assert_allclose(residuals, betas[-1] * np.abs(vectors[-1]), rtol=0, atol=1e-14)
 
 
-class TestMoments:
-    NODES = np.array([[-2.0, 1.0, 3.0], [4.0, NAN, NAN]])
-    WEIGHTS = np.array([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])
-
-    @pytest.mark.parametrize(("k", "expected"), [(0, [1, 1]), (1, [1.25, 4]), (2, [5.75, 16]), (3, [11.75, 64])])
-    def test_each_probe_by_hand(self, k, expected):
-        assert quadrature.moments(self.NODES, self.WEIGHTS, k).tolist() == expected
-
-    def test_negative_powers_are_refused(self):
-        with pytest.raises(ValueError, match=r"`k` must be a non-negative integer, got -1"):
-            quadrature.moments(self.NODES, self.WEIGHTS, -1)
+def test_moments_of_each_probe_by_hand() -> None:
+    nodes, weights = np.array([[-2.0, 1.0, 3.0], [4.0, NAN, NAN]]), np.array([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])
+    for k, expected in enumerate([[1, 1], [1.25, 4], [5.75, 16], [11.75, 64]]):
+        assert quadrature.moments(nodes, weights, k).tolist() == expected
+    with pytest.raises(ValueError, match=r"`k` must be a non-negative integer, got -1"):
+        quadrature.moments(nodes, weights, -1)
 
 
 class TestMissProbability:
@@ -62,13 +57,12 @@ class TestMissProbability:
     def one_end(dimension: int, steps: int, tolerance: float) -> float:
         return 1.648 * math.sqrt(dimension) * math.exp(-math.sqrt(tolerance) * (2 * steps - 1))
 
-    @pytest.mark.parametrize(("dimension", "steps", "tolerance"), [(1000, 60, 0.05), (272_000, 100, 0.01)])
-    def test_is_the_bound_for_both_ends(self, dimension, steps, tolerance):
-        expected = 2 * self.one_end(dimension, steps, tolerance)
-        assert 0 < expected < 1
-        assert eigenvalue_bounds.miss_probability(dimension, [steps], tolerance) == pytest.approx(expected, rel=1e-14)
-
-    def test_independent_probes_multiply(self):
+    def test_is_the_bound_for_both_ends_and_independent_probes_multiply(self):
+        for dimension, steps, tolerance in ((1000, 60, 0.05), (272_000, 100, 0.01)):
+            expected = 2 * self.one_end(dimension, steps, tolerance)
+            assert 0 < expected < 1
+            found = eigenvalue_bounds.miss_probability(dimension, [steps], tolerance)
+            assert found == pytest.approx(expected, rel=1e-14)
         ends = [self.one_end(1000, steps, 0.05) for steps in (20, 30)]
         assert max(ends) < 1
         expected = 2 * math.prod(ends)
@@ -77,13 +71,11 @@ class TestMissProbability:
         alone, both = (eigenvalue_bounds.miss_probability(1000, steps, 0.05) for steps in ([30], [30, 1]))
         assert both == pytest.approx(alone, rel=1e-14)
 
-    def test_never_exceeds_one(self):
+    def test_is_at_most_one_and_zero_for_as_many_steps_as_dimensions(self):
         assert eigenvalue_bounds.miss_probability(10**9, [1], 0.01) == 1.0
         # Both ends together exceed 1 although neither does.
         assert 0.5 < self.one_end(1000, 10, 0.05) < 1
         assert eigenvalue_bounds.miss_probability(1000, [10], 0.05) == 1.0
-
-    def test_as_many_steps_as_dimensions_miss_nothing(self):
         assert eigenvalue_bounds.miss_probability(30, [30], 0.01) == 0.0
         assert eigenvalue_bounds.miss_probability(30, [5, 30], 0.01) == 0.0
         assert eigenvalue_bounds.miss_probability(30, [29], 0.01) > 0.0

@@ -1,7 +1,5 @@
 """What spectra are compared with, and what the answer is, also at the ends of ranges and sizes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from importlib.resources import files
@@ -13,7 +11,6 @@ from lightning_hesd import SpectrumHistory, compare_with_reference
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.spectra import reference_range
 from lightning_hesd.spectra.analysis_lines import WIDTH
-from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.payload import record_payload, to_json
 from lightning_hesd.spectra.payload_reading import PayloadError, read_payload
 from lightning_hesd.spectra.record import SpectrumRecord
@@ -31,7 +28,8 @@ from lightning_hesd.spectra.reference_table import (
     states_text,
 )
 from lightning_hesd.spectra.summary import summarize
-from tests.spectra.nodes import spectrum
+from tests.spectra.nodes import layer, spectrum
+from tests.states import history_of
 from tests.training.scripted import make_spectrum
 
 INF = math.inf
@@ -104,13 +102,11 @@ def test_states_of_one_network_count_once() -> None:
     compared = compare_with_reference(spectrum(-1.0, 4.0), architecture="", states=few)
     assert compared.networks == LEAST_NETWORKS - 1
     wanted = "it takes 10 networks of any kind of 10 to 1,000 parameters at any time after the first step"
-    assert compared.reason == f"{wanted}, and the table has 9"
-    assert str(compared) == f"no comparison: {compared.reason}"
+    assert str(compared) == f"no comparison: {compared.reason}" == f"no comparison: {wanted}, and the table has 9"
     assert compared.sentence == f"No comparison: {compared.reason}."
     assert compared.quantities == ()
     enough = compare_with_reference(spectrum(-1.0, 4.0), architecture="", states=[*few, state(99)])
-    assert enough.reason is None
-    assert enough.networks == LEAST_NETWORKS
+    assert (enough.reason, enough.networks) == (None, LEAST_NETWORKS)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +128,9 @@ def test_what_the_table_has_not_is_not_compared(changes: dict[str, str], reason:
 
 
 def test_the_quantities_of_a_spectrum() -> None:
-    def layer(trace: float) -> LayerCurvature:
-        return LayerCurvature(50, trace, 0.1, trace, 0.5, 0.5, 0.5, (0.0, 1.0), (-1.0, 0.0))
-
     # 100 dimensions; two nodes are converged eigenvalues, and the rest of the start vector is at zero.
     found = spectrum(-1.0, 0.0, 4.0, weights=[[0.01, 0.98, 0.01]], squared_weight_norm=10.0, loss=2.0)
-    found = replace(found, by_layer={"a": layer(0.8), "b": layer(3.2)})
+    found = replace(found, by_layer={"a": layer(50, 0.8, error=0.1), "b": layer(50, 3.2, error=0.1)})
     values = quantities_of(found, 4.0)
     assert values["c_t"] == pytest.approx((-0.25, -0.25), abs=1e-6)
     assert values["relative_curvature"] == pytest.approx((10.0, 10.0), rel=1e-6)
@@ -150,7 +143,8 @@ def test_the_quantities_of_a_spectrum() -> None:
     for key in ("c_t", "relative_curvature", "far_negative_share", "stable_rank"):
         assert of_scaled[key] == pytest.approx(values[key])
     # Shares in a trace that may be zero are noise.
-    noisy = spectrum(-1.0, 1.1, residual=0.5, by_layer={"a": layer(-1.0), "b": layer(6.0)})
+    layers = {"a": layer(50, -1.0, error=0.1), "b": layer(50, 6.0, error=0.1)}
+    noisy = spectrum(-1.0, 1.1, residual=0.5, by_layer=layers)
     assert 2 * noisy.trace_error > 5.0
     assert math.isnan(quantities_of(noisy, 4.0)["largest_share"][0])
 
@@ -179,20 +173,16 @@ def history(monkeypatch: pytest.MonkeyPatch) -> SpectrumHistory:
     """A run with an analysis of the start, a failed one and a late one; the table has late states only."""
     states = tuple(state(n, -n / 20, dimension=2) for n in range(21))
     monkeypatch.setattr(reference_range, "reference_states", lambda: states)
-    found = SpectrumHistory()
-    found.append(SpectrumRecord(-1, 0, make_spectrum(-0.95, loss=2.0)))
-    found.append(SpectrumRecord(0, 10, None, "OSError: gone"))
-    found.append(SpectrumRecord(1, 20, make_spectrum(-0.95, loss=0.1)))
-    return found
+    start, late = (make_spectrum(-0.95, loss=loss) for loss in (2.0, 0.1))
+    failed = SpectrumRecord(0, 10, None, "OSError: gone")
+    return history_of(SpectrumRecord(-1, 0, start), failed, SpectrumRecord(1, 20, late))
 
 
 def test_a_record_is_compared_in_its_phase(history: SpectrumHistory) -> None:
     start, failed, late = (history.compare_with_reference(index) for index in range(3))
     assert start is not None
-    assert (
-        start.reason
-        == "it takes 10 networks of any kind of 1 to 20 parameters before the first step, and the table has none"
-    )
+    wanted = "it takes 10 networks of any kind of 1 to 20 parameters before the first step"
+    assert start.reason == f"{wanted}, and the table has none"
     assert failed is None
     assert late is not None
     assert late.among == "21 networks of any kind of 2 parameters that have less than a tenth of their first loss left"

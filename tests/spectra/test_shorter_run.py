@@ -1,7 +1,5 @@
 """How many products another tolerance would have taken, beside runs that were stopped by it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -11,19 +9,15 @@ import torch
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.spectra.shorter_run import products_within
 from lightning_hesd.spectra.spectrum import Spectrum
+from tests.example_spectra import Quadratic, quadratic_loss
 
 
-def spectrum(tolerance: float | None, *, seed: int = 0, probes: int = 1, steps: int = 60) -> Spectrum:
+def spectrum(tolerance: float | None, *, probes: int = 1, steps: int = 60) -> Spectrum:
     """Analyze a quadratic loss with outliers on a bulk, half of it negative."""
     rng = np.random.default_rng(0)
-    curvature = torch.from_numpy(np.concatenate([np.geomspace(10, 1, 12), 0.2 * rng.standard_normal(188)]))
-    module = torch.nn.ParameterList([torch.zeros(200, dtype=torch.float64)])
-
-    def loss(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        return 1 + (next(module.parameters()).square() * curvature).sum() / 2 * batch.mean()
-
-    options = {"steps": steps, "tolerance": tolerance, "seed": seed, "probes": probes}
-    return hessian_spectrum(module, [torch.ones(1, 1, dtype=torch.float64)], loss, **options)  # type: ignore[arg-type]
+    curvature = np.concatenate([np.geomspace(10, 1, 12), 0.2 * rng.standard_normal(188)])
+    options = {"steps": steps, "tolerance": tolerance, "probes": probes}
+    return hessian_spectrum(Quadratic(curvature), [torch.ones(1, 1)], quadratic_loss, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("probes", [1, 2])
@@ -36,9 +30,6 @@ def test_it_is_where_a_run_with_the_tolerance_stops(tolerance: float, probes: in
     assert found <= taken <= 1.5 * found + 2 * probes
 
 
-def test_a_tolerance_that_was_not_met_stops_nothing() -> None:
+def test_nothing_stops_at_a_tolerance_that_was_not_met_or_at_an_undefined_c_t() -> None:
     assert products_within(spectrum(None, steps=5), 0.02) is None
-
-
-def test_an_undefined_c_t_is_known_to_no_tolerance() -> None:
     assert products_within(replace(spectrum(None), reason="flat"), 0.3) is None

@@ -12,6 +12,7 @@ from lightning_hesd.spectra import eigenvalue_bounds
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
 from lightning_hesd.spectra.validation import FORMAT_VERSION
+from tests.spectra.nodes import spectrum as spectrum_of
 
 NAN = math.nan
 ARRAYS = ("nodes", "weights", "residuals")
@@ -36,15 +37,8 @@ def make(**changes: Any) -> Spectrum:
 
 
 def one_probe(nodes: list[float], residuals: list[float] | None = None, **changes: Any) -> Spectrum:
-    steps = len(nodes)
-    rows = {
-        "nodes": [nodes],
-        "weights": [[1 / steps] * steps],
-        "residuals": [residuals or [0.0] * steps],
-        "steps_per_probe": (steps,),
-        "rounding": 0.0,
-    }
-    return make(**{**rows, **changes})
+    fields = {"residuals": [residuals or [0.0] * len(nodes)], "rounding": 0.0, "dimension": 10}
+    return spectrum_of(*nodes, **{**fields, **changes})
 
 
 def test_arrays_are_read_only_float64_copies():
@@ -113,10 +107,8 @@ class TestProperties:
         assert spectrum.c_t_total_error == pytest.approx(spectrum.c_t_error + 0.125, rel=1e-15)
         assert "± 0.12 (sampling)" in str(spectrum)
 
-    def test_rounding_decides_what_is_negative(self):
+    def test_rounding_decides_what_is_negative_and_a_reason_leaves_c_t_undefined(self):
         assert [one_probe([-0.01, 4.0], rounding=rounding).c_t for rounding in (0.01, 0.009)] == [0.0, -0.0025]
-
-    def test_an_undefined_c_t(self):
         spectrum = make(reason="no curvature")
         assert all(math.isnan(value) for value in (spectrum.c_t, spectrum.r_e, *spectrum.c_t_interval))
         assert (spectrum.hesd_type, spectrum.type_certain, spectrum.converged) == (None, False, False)
@@ -128,19 +120,15 @@ class TestProperties:
         assert spectrum.k_h_error() == pytest.approx(abs(values[0] - values[1]) / 2, rel=1e-14)
         assert spectrum.k_h(1.0) == pytest.approx((0.25 / 1.25 + 0.25 / 1.5) / 2, rel=1e-14)
         assert spectrum.k_h_error(1.0) == pytest.approx((0.25 / 1.25 - 0.25 / 1.5) / 2, rel=1e-14)
-
-    def test_k_h_at_its_edges(self):
         assert one_probe([-0.01, 1.0, 1.0, 1.0], rounding=0.01).k_h() == 0.0  # no sign within rounding
         assert one_probe([-1.0, 4.0]).k_h_error() is None  # a single probe
         assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())  # a probe without positive node
 
-    def test_moments_and_trace(self):
+    def test_moments_and_trace_in_which_an_eigenvalue_counts_as_one(self):
         spectrum = make(basis="none")
         # Probes: −¼ + ¼ + 1 = 1 and −¼ + 3/2 = 5/4;  squares: ¼ + ⅛ + 4 and ⅛ + 9/2
         assert [spectrum.moment(k) for k in (0, 1, 2)] == [1.0, 1.125, 4.5]
         assert spectrum.trace == 11.25
-
-    def test_an_eigenvalue_counts_as_one_in_moments_and_trace(self):
         # The second probe has found the eigenvalue 3; the other one is not told from zero by so large a rounding.
         spectrum = make()
         assert spectrum.converged_nodes.tolist() == [[False] * 3, [False, True, False]]
@@ -160,10 +148,9 @@ class TestProperties:
         assert make(**plain, probe="rademacher").trace_error == pytest.approx(of_signs, rel=1e-14)
 
     def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
-        spectrum = make(dimension=1000, steps_per_probe=(30, 20))
-        assert spectrum.miss_probability == eigenvalue_bounds.miss_probability(1000, (30, 20), 0.05)
-        tighter = make(dimension=1000, steps_per_probe=(30, 20), tolerance=0.01)
-        assert tighter.miss_probability == eigenvalue_bounds.miss_probability(1000, (30, 20), 0.01)
+        for given, tolerance in ((None, 0.05), (0.01, 0.01)):
+            spectrum = make(dimension=1000, steps_per_probe=(30, 20), tolerance=given)
+            assert spectrum.miss_probability == eigenvalue_bounds.miss_probability(1000, (30, 20), tolerance)
         assert make(probe="rademacher").miss_probability is None
 
     def test_density_and_histogram_are_those_of_the_distribution(self):
@@ -286,11 +273,7 @@ class TestStorage:
             make(),
             make(**FULL),
             make(loss=math.inf, seconds=1e-300, rounding=5e-324),
-            make(
-                nodes=np.random.default_rng(0).normal(size=(2, 3)),
-                residuals=[[-0.0, 1e149, 5e-324]] * 2,
-                steps_per_probe=(3, 3),
-            ),
+            make(nodes=np.arange(6).reshape(2, 3) / 7, residuals=[[-0.0, 1e149, 5e-324]] * 2, steps_per_probe=(3, 3)),
         ],
         ids=["padded", "every field", "odd floats", "arbitrary arrays"],
     )
@@ -310,25 +293,20 @@ class TestStorage:
                 assert other == value
         assert not any(getattr(loaded, name).flags.writeable for name in ARRAYS)
 
-    def test_the_path_is_taken_as_given(self, tmp_path):
-        make().save(str(tmp_path / "no_suffix"))
+    def test_the_path_is_taken_as_given_and_the_file_holds_no_pickle(self, tmp_path):
+        make(**self.FULL).save(str(tmp_path / "no_suffix"))
         assert [entry.name for entry in tmp_path.iterdir()] == ["no_suffix"]
-        assert Spectrum.load(str(tmp_path / "no_suffix")).c_t == -0.25
-
-    def test_the_file_holds_no_pickle(self, tmp_path):
-        make(**self.FULL).save(tmp_path / "record.npz")
-        with np.load(tmp_path / "record.npz", allow_pickle=False) as archive:
+        assert Spectrum.load(str(tmp_path / "no_suffix")).loss == 0.75
+        with np.load(tmp_path / "no_suffix", allow_pickle=False) as archive:
             kinds = {name: archive[name].dtype.kind for name in archive.files}
         assert kinds == {**dict.fromkeys(STORED_ARRAYS, "f"), "header": "U"}
 
-    def test_numbers_of_layers_without_their_names_are_refused(self):
+    def test_layers_without_names_and_losses_of_another_shape_are_refused(self):
         values = make(**self.FULL).to_dict()
         with pytest.raises(ValueError, match=r"`layer_numbers` must have shape \(1 layers, 12\), got \(2, 12\)"):
             Spectrum.from_dict({**values, "layer_names": ["first"]})
-
-    def test_losses_along_eigenvectors_of_another_shape_are_refused(self):
         with pytest.raises(ValueError, match=r"`losses_along` must have shape \(2, 2, any number\), got \(2, 3\)"):
-            Spectrum.from_dict({**make().to_dict(), "losses_along": np.zeros((2, 3))})
+            Spectrum.from_dict({**values, "losses_along": np.zeros((2, 3))})
 
     def test_saving_replaces_an_earlier_file_whole_or_not_at_all(self, tmp_path, monkeypatch):
         make().save(tmp_path / "record.npz")
@@ -362,16 +340,15 @@ class TestLoadErrors:
         make().save(path)
         return path
 
-    def test_a_missing_file(self, tmp_path):
+    def test_a_missing_file_and_files_of_numpy(self, tmp_path):
+        path = tmp_path / "record.npz"
         with pytest.raises(FileNotFoundError, match=r"record\.npz"):
-            Spectrum.load(tmp_path / "record.npz")
-
-    @pytest.mark.parametrize(("save", "content"), [(np.savez, {"other": np.zeros(3)}), (np.save, {"arr": np.zeros(3)})])
-    def test_files_of_numpy(self, save, content, tmp_path):
-        with (tmp_path / "record.npz").open("wb") as file:
-            save(file, **content)
-        with pytest.raises(ValueError, match=r"record\.npz is not a spectrum written by `Spectrum.save`"):
-            Spectrum.load(tmp_path / "record.npz")
+            Spectrum.load(path)
+        for save, content in ((np.savez, {"other": np.zeros(3)}), (np.save, {"arr": np.zeros(3)})):
+            with path.open("wb") as file:
+                save(file, **content)
+            with pytest.raises(ValueError, match=r"record\.npz is not a spectrum written by `Spectrum.save`"):
+                Spectrum.load(path)
 
     @pytest.mark.parametrize(
         ("change", "message"),

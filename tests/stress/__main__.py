@@ -8,8 +8,6 @@
 Every case runs in a process and a folder of its own. The exit status is 1 if one is not as expected.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,12 +1,9 @@
 """Numbers, memory, data and disks that fail: training stays the same, and the failure is reported."""
 
-from __future__ import annotations
-
 import json
 import math
 import resource
 import signal
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,13 +11,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 from tests.stress.fits import Fit
-from tests.stress.harness import Case, Program, one_line
+from tests.stress.harness import Case, Program, one_line, quiet
 from tests.stress.networks import BrokenNow
 from tests.training.modules import callback, fit, loader, plain_loss
 
@@ -33,22 +31,21 @@ def infinite_loss(module: Any, batch: Any) -> Tensor:
     return plain_loss(module, batch) + math.inf
 
 
-class Poison(pl.Callback):
-    """Makes a weight NaN or infinite when the second epoch begins."""
+def poison(value: float) -> list[pl.Callback]:
+    """Return a callback that makes a weight NaN or infinite when the second epoch begins."""
 
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def change(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.current_epoch == 1:
             with torch.no_grad():
-                next(pl_module.parameters())[0, 0] = self.value
+                next(module.parameters())[0, 0] = value
+
+    return [LambdaCallback(on_train_epoch_start=change)]
 
 
 NUMBERS: list[Case] = [
     Fit("infinite loss", options=lambda: {"loss_fn": infinite_loss}, failures=2, error=NOT_FINITE + "inf"),
-    Fit("NaN in a weight", beside=lambda: [Poison(math.nan)], failures=1, error=NOT_FINITE + "nan"),
-    Fit("infinite weight", beside=lambda: [Poison(math.inf)], failures=1, error=NOT_FINITE + "nan"),
+    Fit("NaN in a weight", beside=partial(poison, math.nan), failures=1, error=NOT_FINITE + "nan"),
+    Fit("infinite weight", beside=partial(poison, math.inf), failures=1, error=NOT_FINITE + "nan"),
 ]
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -70,32 +67,20 @@ def released(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
 
 
 def scarce(kind: str, times: float) -> Callable[[], dict[str, Any]]:
-    """Return what makes options with a loss that runs out of memory; its times are not used up by comparing modes."""
-    return lambda: {"loss_fn": Scarce(plain_loss, EXHAUSTIONS[kind], times), "mode": "eval"}
+    """Return what makes options with a loss that runs out of memory; comparing modes and merging uses up no times."""
+    return lambda: {"loss_fn": Scarce(plain_loss, EXHAUSTIONS[kind], times), "mode": "eval", "batch_size": None}
+
+
+def tried_again(name: str, options: Callable[[], dict[str, Any]], basis: str = "device") -> Fit:
+    """Return a run whose first analysis is made by recomputing, after memory has run out."""
+    note = f"recompute with basis {basis}, then graph with basis device"
+    return Fit(name, options=options, check=strategies, note=note)
 
 
 MEMORY: list[Case] = [
-    *(
-        Fit(
-            f"out of memory once, {kind}",
-            options=scarce(kind, 1),
-            check=strategies,
-            note="recompute with basis device, then graph with basis device",
-        )
-        for kind in EXHAUSTIONS
-    ),
-    Fit(
-        "out of memory twice",
-        options=scarce("CPU", 2),
-        check=strategies,
-        note="recompute with basis none, then graph with basis device",
-    ),
-    Fit(
-        "out of memory in a product",
-        options=lambda: {"loss_fn": ScarceInProducts(plain_loss, 1)},
-        check=strategies,
-        note="recompute with basis device, then graph with basis device",
-    ),
+    *(tried_again(f"out of memory once, {kind}", scarce(kind, 1)) for kind in EXHAUSTIONS),
+    tried_again("out of memory twice", scarce("CPU", 2), basis="none"),
+    tried_again("out of memory in a product", lambda: {"loss_fn": ScarceInProducts(plain_loss, 1), "batch_size": None}),
     *(
         Fit(
             f"out of memory for good, {kind}",
@@ -123,14 +108,9 @@ class ScarceOnOne:
 def scarce_on_one_of_two(folder: Path, times: float) -> str:
     """Let one of two ranks run out of memory: both try again, and neither waits for the other."""
     for name, loss in (("whole", plain_loss), ("scarce", ScarceOnOne(times))):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fit(
-                folder / name,
-                callback(on_error="warn", loss_fn=loss, mode="eval"),
-                strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
-                devices=2,
-            )
+        strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+        with quiet():
+            fit(folder / name, callback(on_error="warn", loss_fn=loss, mode="eval"), strategy=strategy, devices=2)
     whole, scarce = (SpectrumHistory.load(folder / name) for name in ("whole", "scarce"))
     told = []
     for record, other in zip(scarce, whole, strict=True):
@@ -156,18 +136,16 @@ DATA: list[Case] = [
 # Disks ----------------------------------------------------------------------------------------------------------------
 
 
-class Obstacle(pl.Callback):
-    """Puts an obstacle in the way of the run's files when training begins."""
+def obstacle(name: str, put: Callable[[Path], None]) -> list[pl.Callback]:
+    """Return a callback that puts an obstacle in the way of the run's files when training begins."""
 
-    def __init__(self, name: str, put: Callable[[Path], None]) -> None:
-        self.name = name
-        self.put = put
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def obstruct(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.current_epoch == 0:
-            path = Path(trainer.default_root_dir) / self.name
+            path = Path(trainer.default_root_dir) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.put(path)
+            put(path)
+
+    return [LambdaCallback(on_train_epoch_start=obstruct)]
 
 
 def full_disk(path: Path) -> None:
@@ -214,7 +192,7 @@ DISKS: list[Case] = [
             name,
             options=with_checkpoint,
             trainer=lambda _: {"enable_checkpointing": True},
-            beside=lambda what=what, put=put: [Obstacle(what, put)],
+            beside=partial(obstacle, what, put),
             check=checkpoints_too,
             note=f"{left} analyses on disk, and checkpoints are whole",
         )
@@ -228,20 +206,22 @@ DISKS: list[Case] = [
 ]
 
 
+STOPS = "stops as without the callback; pick and last.ckpt of epoch 0 are whole"
+
+
 def no_room_for_checkpoints(folder: Path) -> str:
     """Let no file grow beyond 4 KiB after the first epoch: Lightning stops, and what was written stays readable."""
 
-    class Fills(pl.Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            if trainer.current_epoch == 1:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    def fill(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
+    filling = LambdaCallback(on_train_epoch_start=fill)
     checkpoint = HessianCheckpoint(save_last=True, dirpath=folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
-            fit(folder, Fills(), callback(on_error="warn", checkpoint=checkpoint), enable_checkpointing=True)
+            fit(folder, filling, callback(on_error="warn", checkpoint=checkpoint), enable_checkpointing=True)
         except OSError as error:
             failure = one_line(error.strerror)
         else:
@@ -250,7 +230,7 @@ def no_room_for_checkpoints(folder: Path) -> str:
     assert readable == [0, 0], readable
     assert failure == "File too large"
     assert len(SpectrumHistory.load(folder)) >= 1
-    return "stops as without the callback; pick and last.ckpt of epoch 0 are whole"
+    return STOPS
 
 
 # Files of earlier runs ------------------------------------------------------------------------------------------------
@@ -258,8 +238,7 @@ def no_room_for_checkpoints(folder: Path) -> str:
 
 def resumed_from_foreign(folder: Path) -> str:
     """Resume from a checkpoint of a run without the callback."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         foreign = fit(folder / "first", enable_checkpointing=True).checkpoint_callback.best_model_path
         observer = callback(on_error="warn", checkpoint="highest_c_t")
         trainer = fit(folder / "second", observer, ckpt_path=foreign, max_epochs=4, enable_checkpointing=True)
@@ -269,11 +248,7 @@ def resumed_from_foreign(folder: Path) -> str:
 
 
 EARLIER: list[Case] = [
-    Program(
-        "no room for checkpoints",
-        "stops as without the callback; pick and last.ckpt of epoch 0 are whole",
-        no_room_for_checkpoints,
-    ),
+    Program("no room for checkpoints", STOPS, no_room_for_checkpoints),
     Program("resumed from a run without the callback", "analyses of epochs 2 and 3", resumed_from_foreign),
     Program("out of memory on one of two ranks", "recompute, then graph", partial(scarce_on_one_of_two, times=1)),
     Program(

@@ -1,9 +1,6 @@
 """`Fit`: a run with the callback beside the same run without it, declared."""
 
-from __future__ import annotations
-
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_hesd import HessianSpectrumCallback
-from tests.stress.harness import SECONDS, one_line
+from tests.stress.harness import SECONDS, one_line, quiet
 from tests.training.modules import Classifier, callback, fit, freeze, global_generators, loader
 
 
@@ -51,13 +48,13 @@ class Fit:
         got = _told(len(observer.history), len(errors), one_line(errors[0]) if errors else "", seen)
         assert (len(observer.history), len(errors)) == (self.analyses, self.failures), got
         assert all(re.search(self.error, error) for error in errors), got
+        assert seen == self.note, got
         return got
 
     def _train(self, folder: Path, *observers: pl.Callback) -> tuple[pl.Trainer, dict[str, Any]]:
         folder.mkdir()
         module = self.module()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             trainer = fit(folder, *self.beside(), *observers, module=module, data=self.data(), **self.trainer(folder))
         return trainer, {
             "weights and buffers": freeze({k: v.detach().clone().to_dense() for k, v in _tensors(module).items()}),

@@ -1,7 +1,5 @@
 """Cases, each run in a process of its own, and the table of what came out."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime as dt
 import fnmatch
@@ -13,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -116,6 +115,14 @@ def _answer(sender: Connection, work: Callable[[Path], str], folder: Path) -> No
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(str(error).split()) or "no message"
         sender.send((False, f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore all warnings: what failed is told otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def as_table(results: Sequence[Result]) -> str:

@@ -1,7 +1,5 @@
 """Runs that are interrupted, by signals or by being killed, and then resumed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -9,7 +7,6 @@ import random
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,10 +14,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, Spectrum, SpectrumHistory
-from tests.stress.harness import FORK, Case, Program
+from tests.stress.harness import FORK, Case, Program, quiet
 from tests.training.modules import callback, fit, freeze, loader, plain_loss
 
 EPOCHS = 5
@@ -33,8 +31,7 @@ def train(folder: Path, *beside: pl.Callback, last: Path | None = None, **option
     """Train in a folder, going on from a checkpoint if there is one, and return what came out."""
     checkpoint = HessianCheckpoint(dirpath=folder, save_last=True, tolerance=1.0, require_mp=False)
     observer = callback(on_error="warn", checkpoint=checkpoint, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         trainer = fit(
             folder,
             *beside,
@@ -108,15 +105,11 @@ def interrupted(folder: Path, number: int, records: int) -> str:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have switched it off
     whole = train(folder / "whole", loss_fn=plain_loss)
     seen: list[pl.LightningModule] = []
-
-    class Keeps(pl.Callback):
-        def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-            seen.append(pl_module)
-
+    keeping = LambdaCallback(on_exception=lambda trainer, module, exception: seen.append(module))
     first = folder / "first"
     ended = "not at all"
     try:
-        train(first, Keeps(), loss_fn=SignalsAt(number))
+        train(first, keeping, loss_fn=SignalsAt(number))
     except BaseException as error:  # noqa: BLE001 - SystemExit, or Lightning's own
         ended = type(error).__name__
     [module] = seen
@@ -236,28 +229,24 @@ def _check(run: Path, whole: dict[str, Any]) -> None:
 
 def cases(*, kills_each_way: int, seed: int) -> list[Case]:
     resumed = "resumed to the same history, pick and weights"
+    signals = (("Ctrl-C", signal.SIGINT, "SystemExit", 1), ("SIGTERM", signal.SIGTERM, "SIGTERMException", 2))
     return [
-        Program(
-            "Ctrl-C during an analysis",
-            f"ends with SystemExit; 1 analyses on disk; {resumed}",
-            partial(interrupted, number=signal.SIGINT, records=1),
+        *(
+            Program(
+                f"{name} during an analysis",
+                f"ends with {ended}; {records} analyses on disk; {resumed}",
+                partial(interrupted, number=number, records=records),
+            )
+            for name, number, ended, records in signals
         ),
-        Program(
-            "SIGTERM during an analysis",
-            f"ends with SIGTERMException; 2 analyses on disk; {resumed}",
-            partial(interrupted, number=signal.SIGTERM, records=2),
-        ),
-        Program(
-            f"killed at {kills_each_way} moments",
-            ALL_THE_SAME,
-            partial(kills, count=kills_each_way, seed=seed, by="time"),
-            seconds=60 + 30.0 * kills_each_way,
-        ),
-        Program(
-            f"killed at {kills_each_way} changes to files",
-            ALL_THE_SAME,
-            partial(kills, count=kills_each_way, seed=seed, by="write"),
-            seconds=60 + 30.0 * kills_each_way,
+        *(
+            Program(
+                f"killed at {kills_each_way} {what}",
+                ALL_THE_SAME,
+                partial(kills, count=kills_each_way, seed=seed, by=by),
+                seconds=60 + 30.0 * kills_each_way,
+            )
+            for what, by in (("moments", "time"), ("changes to files", "write"))
         ),
         Program("killed again and again", ALL_THE_SAME, partial(killed_again_and_again, seed=seed), seconds=600.0),
     ]

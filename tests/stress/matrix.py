@@ -1,7 +1,5 @@
 """All cases."""
 
-from __future__ import annotations
-
 from tests.stress import faults, interruptions, trainers
 from tests.stress import soak as soaking
 from tests.stress.harness import Case

@@ -1,7 +1,5 @@
 """Modules and data out of the ordinary, around the classifier of `tests.training.modules`."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

@@ -1,12 +1,9 @@
 """A long run with an analysis in every epoch: what grows, and how much."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianCheckpoint
-from tests.stress.harness import Case, Program
+from tests.stress.harness import Case, Program, quiet
 from tests.training.modules import Digits, callback, fit, loader
 
 LONG = 100
@@ -74,8 +71,7 @@ def soak(folder: Path, *, epochs: int) -> str:
         generalization_dataloader=loader(Digits(24)),
         checkpoint=HessianCheckpoint(save_last=True, dirpath=folder / "checkpoints"),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         fit(folder, observer, gauge, logger=TensorBoardLogger(folder), enable_checkpointing=True, max_epochs=epochs)
     assert len(observer.history) == epochs
     assert not [record.error for record in observer.history if record.error]
@@ -100,16 +96,7 @@ def soak(folder: Path, *, epochs: int) -> str:
 def cases(epochs: int) -> list[Case]:
     expected = "no more files open, no more threads"
     if epochs >= LONG:
-        expected += (
-            f", memory at most {MOST_KIB:+g} KiB per epoch, the last quarter at most {MOST_SLOWER:g} × as long as the "
-            "one before"
-        )
-    return [
-        Program(
-            f"soak of {epochs} epochs",
-            expected,
-            partial(soak, epochs=epochs),
-            seconds=120 + 10.0 * epochs,
-            measures=True,
-        )
-    ]
+        expected += f", memory at most {MOST_KIB:+g} KiB per epoch, the last quarter at most {MOST_SLOWER:g} × as long"
+        expected += " as the one before"
+    work = partial(soak, epochs=epochs)
+    return [Program(f"soak of {epochs} epochs", expected, work, seconds=120 + 10.0 * epochs, measures=True)]

@@ -1,10 +1,7 @@
 """Precisions, modules, data and Trainers of all kinds: training stays the same, and the analyses are made."""
 
-from __future__ import annotations
-
 import importlib
 import math
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -13,14 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import LambdaCallback, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from lightning_hesd import HessianSpectrumCallback
 from tests.stress import networks
 from tests.stress.fits import Fit
-from tests.stress.harness import Case, Program
+from tests.stress.harness import Case, Program, quiet
 from tests.stress.networks import Around, Silent, Validated
 from tests.training.modules import Classifier, callback, loader, make_trainer, plain_loss, seed
 
@@ -138,8 +135,7 @@ def validate_only(folder: Path) -> str:
     """Validate, test with nothing trained: the callback stands by."""
     observer = callback(checkpoint="highest_c_t")
     trainer = make_trainer(folder, observer, enable_checkpointing=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         [metrics] = trainer.validate(Validated(), verbose=False)
     assert not observer.history
     assert math.isfinite(metrics["val_loss"])
@@ -158,8 +154,7 @@ def with_and_without(
     for number, callbacks in enumerate(([], observers)):
         seed(7)
         module = Silent()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             work(make_trainer(folder / str(number), *callbacks, **options), module)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)
@@ -169,13 +164,12 @@ def fit_inside_a_fit(folder: Path) -> str:
     """Train another module, with a callback of its own, in a hook of the first."""
     outer, inner = callback(on_error="warn", every_n_train_steps=2), callback(on_error="warn")
 
-    class Nested(pl.Callback):
-        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            with torch.random.fork_rng():
-                make_trainer(folder / "inner", inner, max_epochs=1).fit(Silent(), loader())
+    def fit_inner(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        with torch.random.fork_rng():
+            make_trainer(folder / "inner", inner, max_epochs=1).fit(Silent(), loader())
 
     def nest(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        trainer.callbacks.insert(0, Nested())  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, LambdaCallback(on_train_epoch_end=fit_inner))  # type: ignore[attr-defined]
         trainer.fit(module, loader())
 
     with_and_without(folder, nest, outer)

@@ -1,36 +1,31 @@
 """The HESD tab in a browser, served by TensorBoard: what is drawn, said, and asked of the server."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
 
-from lightning_hesd import compare_with_reference, judge
+from lightning_hesd import Spectrum, compare_with_reference, judge
 from lightning_hesd.commands.report import report
 from lightning_hesd.plotting import plot_losses_along
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from lightning_hesd.spectra.decisions import run_payload
+from lightning_hesd.spectra.findings import Finding
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.reference_table import QUANTITIES, ReferenceState
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.browser import Page, hyphens, needs_browser, webdriver
+from tests.states import history_of
 from tests.tab import EPOCHS, Server, Tab, tensorboard, train, write_payloads
 from tests.training.scripted import make_spectrum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lightning_hesd import Spectrum
-    from lightning_hesd.spectra.findings import Finding
 
 pytestmark = needs_browser
 
@@ -79,10 +74,9 @@ CRITERIA = {"good": "hold", "poor": "fail", "undecided": "are undecided", "not a
 
 
 def test_the_curves_are_the_records(tab: Page, runs: tuple[Path, Any]) -> None:
-    _, callback = runs
     tab.change("#ct-tools select", "linear")
     tab.until("return document.getElementById('ct')._fullLayout.yaxis.type === 'linear'")
-    records = callback.history
+    records = runs[1].history
     c_t = next(trace for trace in tab.curves("ct") if FIRST in trace["name"])
     assert c_t["x"] == [record.epoch for record in records]
     assert c_t["y"] == pytest.approx([record.spectrum.c_t for record in records], rel=1e-6)
@@ -106,7 +100,7 @@ def test_the_curves_are_the_records(tab: Page, runs: tuple[Path, Any]) -> None:
     assert len(accuracy["y"]) == EPOCHS + 1
 
 
-def test_hostile_names_are_shown_as_they_are(tab: Page) -> None:
+def test_hostile_names_are_shown_as_they_are_and_what_cannot_be_read_is_said(tab: Page) -> None:
     assert EVIL in tab.text("#runs")
     tab.point_at("#ct .nsewdrag")
     tab.until("return document.querySelector('#values').innerText.includes(arguments[0])", EVIL)
@@ -117,12 +111,8 @@ def test_hostile_names_are_shown_as_they_are(tab: Page) -> None:
     tab.until("return document.querySelector('#table td')")
     assert EVIL in tab.text("#table")
     assert tab.script("return document.querySelectorAll('img').length") == 0
-
-
-def test_what_cannot_be_read_is_said(tab: Page) -> None:
-    assert tab.text("#problems") == (
-        "newer, step 0: the payload has version 2, and this lightning_hesd reads version 1: update it."
-    )
+    said = "newer, step 0: the payload has version 2, and this lightning_hesd reads version 1: update it."
+    assert tab.text("#problems") == said
     assert tab.script("return document.querySelector('#problems p').getAttribute('role')") == "alert"
 
 
@@ -139,13 +129,12 @@ def test_the_pick_and_why(tab: Page, runs: tuple[Path, Any]) -> None:
 
 
 def test_the_slider_moves_density_and_assessment_by_keyboard(tab: Page, runs: tuple[Path, Any]) -> None:
-    _, callback = runs
     tab.show_in_detail(FIRST)
     tab.click("#density-choices button", "linear")
     tab.script("document.getElementById('epoch').focus()")
     keys = webdriver.Keys
     for key, position in ((None, -1), (keys.ARROW_LEFT, -2), (keys.HOME, 0), (keys.END, -1)):
-        record = callback.history[position]
+        record = runs[1].history[position]
         if key is not None:
             tab.press(key)
         tab.until("return document.body.dataset.detail.endsWith(arguments[0])", f" {record.global_step}")
@@ -163,29 +152,26 @@ def test_the_slider_moves_density_and_assessment_by_keyboard(tab: Page, runs: tu
 
 
 def test_heat_maps(tab: Page, runs: tuple[Path, Any]) -> None:
-    _, callback = runs
+    history = runs[1].history
     tab.show_in_detail(FIRST)
     density = tab.traces("map")[0]
-    assert density["x"] == [record.epoch for record in callback.history]
-    for column in range(len(callback.history)):
-        logs = [row[column] for row in density["z"] if row[column] is not None]
-        assert sum(10**value for value in logs) == pytest.approx(1.0, abs=1e-6)
-        spectrum = callback.history[column].spectrum
-        cells = zip(density["y"], density["z"], strict=True)
-        negative = sum(10 ** row[column] for y, row in cells if y < 0 and row[column] is not None)
-        assert negative == pytest.approx(spectrum.distribution.cumulative([0.0])[0], abs=0.1)
+    assert density["x"] == [record.epoch for record in history]
+    for column, record in enumerate(history):
+        rows = zip(density["y"], density["z"], strict=True)
+        cells = [(y, 10 ** row[column]) for y, row in rows if row[column] is not None]
+        assert sum(share for _, share in cells) == pytest.approx(1.0, abs=1e-6)
+        negative = sum(share for y, share in cells if y < 0)
+        assert negative == pytest.approx(record.spectrum.distribution.cumulative([0.0])[0], abs=0.1)
     layers = tab.traces("layers")[0]
-    names = list(callback.history[0].layers)
+    names = list(history[0].layers)
     for name, row in zip(names, layers["z"], strict=True):
-        expected = [record.layers[name].lambda_max for record in callback.history]
+        expected = [record.layers[name].lambda_max for record in history]
         assert [value**2 for value in row] == pytest.approx(expected, rel=5e-4)  # four digits
-    assert tab.texts("#layers .ytick text") == ["0", "2"]
-    assert names == ["net.0", "net.2"]
+    assert (names, tab.texts("#layers .ytick text")) == (["net.0", "net.2"], ["0", "2"])
 
 
 def test_numbers_of_eigenvalues(tab: Page, runs: tuple[Path, Any]) -> None:
-    _, callback = runs
-    record = callback.history[-1]
+    record = runs[1].history[-1]
     low, high = record.spectrum.negative_count
     assert low < high
     tab.show_in_detail(FIRST)
@@ -198,9 +184,8 @@ def test_numbers_of_eigenvalues(tab: Page, runs: tuple[Path, Any]) -> None:
         middle = numbers.index(None)
         for is_above, side in ((False, slice(0, middle)), (True, slice(middle + 1, -1))):
             check_numbers(spectrum, np.array(places[side]), np.array(numbers[side]), is_above=is_above)
-        ends = {round(y, 6) for y in shown(bands[label]["y"])}
-        expected = {round(float(y), 6) for row in (0, 2) for y in expected_numbers(spectrum, row)}
-        assert ends == expected
+        ends = {round(y, 6) for y in bands[label]["y"] if y is not None}
+        assert ends == {round(float(y), 6) for row in (0, 2) for y in expected_numbers(spectrum, row)}
     tab.script("document.getElementById('table').open = true")
     tab.until("return document.querySelector('#table td')")
     head = tab.texts("#table th")
@@ -220,10 +205,6 @@ def check_numbers(spectrum: Spectrum, places: np.ndarray, drawn: np.ndarray, *, 
     around = [found.clip(BOTTOM)[index.clip(0)] for index in nearby]
     assert (np.minimum(*around) * (1 - 1e-4) <= drawn).all()
     assert (drawn <= np.maximum(*around) * (1 + 1e-4)).all()
-
-
-def shown(values: list[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
 
 
 def expected_numbers(spectrum: Spectrum, row: int) -> list[float]:
@@ -295,9 +276,8 @@ def test_loss_along_the_extreme_eigenvectors(tab: Page, runs: tuple[Path, Any]) 
     spectrum = history[-1].spectrum
     tab.show_in_detail(SECOND)
     drawn = tab.traces("along")
-    assert [(trace["meta"]["along"], trace["dash"]) for trace in drawn] == [
-        (key, dash) for key in ("lambda_min", "lambda_max") for dash in ("solid", "dash")
-    ]
+    expected = [(key, dash) for key in ("lambda_min", "lambda_max") for dash in ("solid", "dash")]
+    assert [(trace["meta"]["along"], trace["dash"]) for trace in drawn] == expected
     dashed = [line for line in plot_losses_along(spectrum).lines if line.get_linestyle() == "--"]
     for index, line in enumerate(dashed):
         distances, losses = spectrum.losses_along[index]
@@ -480,9 +460,8 @@ def test_in_tensorboard_itself(page: Page, address: str) -> None:
 
 def faulty() -> SpectrumHistory:
     """A run with two findings, one of which has a hostile message."""
-    found = SpectrumHistory()
-    found.append(SpectrumRecord(0, 4, None, error=f"</script>{EVIL}"))
-    found.append(SpectrumRecord(1, 8, make_spectrum(-2.0, loss=0.2)))
+    failed = SpectrumRecord(0, 4, None, error=f"</script>{EVIL}")
+    found = history_of(failed, SpectrumRecord(1, 8, make_spectrum(-2.0, loss=0.2)))
     assert [finding.key for finding in found.findings] == ["failed", "mainly_negative"]
     return found
 
@@ -527,17 +506,14 @@ def test_findings_of_several_runs_and_callbacks_of_one_that_count_once(
     records = [SpectrumRecord(e, e + 1, make_spectrum(-0.3), metrics=found) for e, found in enumerate(metrics)]
     for name in ("hesd", "other"):
         write_payloads(tmp_path / "run", list(map(record_payload, records)), name=name)
-    healthy = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))
-    write_payloads(tmp_path / "healthy", [healthy])
-    write_payloads(tmp_path / "old", [{key: value for key, value in healthy.items() if key != "findings"}])
+    good = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))
+    write_payloads(tmp_path / "healthy", [good])
+    write_payloads(tmp_path / "old", [{key: value for key, value in good.items() if key != "findings"}])
     found = write_faulty(tmp_path)
     address = server.show(Tab(tmp_path))
     page.open_tab(address)
-    lines = {line for line in page.text("#findings").splitlines() if line}
-    assert lines == {
-        "faulty: 2 findings",
-        *(f"{run}: no findings" for run in ("healthy", "old", "run (hesd)", "run (other)")),
-    }
+    healthy = {f"{run}: no findings" for run in ("healthy", "old", "run (hesd)", "run (other)")}
+    assert set(filter(None, page.text("#findings").splitlines())) == {"faulty: 2 findings", *healthy}
     assert not page.script("return document.querySelector('#findings details').open")
     page.click("#findings summary")
     assert_found(page, "faulty", found)
@@ -575,9 +551,8 @@ def odd(driver: Any, tmp_path: Path) -> Iterator[Page]:
         compared = compare_with_reference(found, start_loss=100.0, states=states)
         records.append(record_payload(SpectrumRecord(epoch, epoch, found), compared=compared))
     records.append(record_payload(faulty()[0]) | {"epoch": 3, "global_step": 3})
-    earlier, nothing = (
-        record_payload(SpectrumRecord(epoch, epoch, make_spectrum(-0.3)), faulty().findings) for epoch in (4, 8)
-    )
+    later = [SpectrumRecord(epoch, epoch, make_spectrum(-0.3)) for epoch in (4, 8)]
+    earlier, nothing = (record_payload(record, faulty().findings) for record in later)
     nothing["reference"] = compare_with_reference(make_spectrum(-0.3)).to_dict()
     del earlier["spectra"]["spectrum"]["cumulative_band"]
     nothing["spectra"]["spectrum"] |= {"cumulative_band": None, "reason": "the products are wrong"}
@@ -589,7 +564,7 @@ def odd(driver: Any, tmp_path: Path) -> Iterator[Page]:
     page.assert_clean("file:")
 
 
-def test_cards_say_why_they_are_empty(odd: Page) -> None:
+def test_cards_say_why_they_are_empty_and_hostile_names_are_shown_as_they_are(odd: Page) -> None:
     odd.slide(5, 8)
     assert odd.text("#cumulative") == "Nothing was computed: the products are wrong."
     assert odd.text("#reference").startswith("No comparison: it takes 10 networks of any kind of 1 to 20 parameters")
@@ -604,12 +579,8 @@ def test_cards_say_why_they_are_empty(odd: Page) -> None:
     odd.slide(3, 3)
     assert odd.text("#reference") == "No comparison: the analysis failed."
     assert odd.text("#density") == odd.text("#cumulative") == odd.text("#along") == "This analysis failed."
-
-
-def test_hostile_names_and_messages_of_a_report(odd: Page) -> None:
     assert odd.script("return document.title") == f"HESD: {ODD}"
     assert_found(odd, ODD, faulty().findings)
-    odd.slide(3, 3)
     assert f"The analysis failed: {ODD}" in odd.text("#assessment")
 
 

@@ -3,23 +3,18 @@
 One server and one page for all tests; each starts from the address without choices.
 """
 
-from __future__ import annotations
-
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from itertools import groupby, product
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.training.history import SpectrumRecord
-from tests.browser import CLICK, Page, needs_browser, webdriver
+from tests.browser import CLICK, Page, hyphens, needs_browser, webdriver
 from tests.tab import Server, Tab, write_payloads
 from tests.training.scripted import make_spectrum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = needs_browser
 
@@ -47,19 +42,17 @@ def c_t(rate: float, seed: int, epoch: int) -> float:
     return -0.5 * rate / (epoch + 2) * (1 + 0.2 * seed)
 
 
-def records(rate: float, seed: int) -> list[SpectrumRecord]:
-    return [
-        SpectrumRecord(e, 4 * (e + 1), make_spectrum(c_t(rate, seed, e), lambda_max=10 * rate, loss=1 / (e + 2)))
-        for e in EPOCHS
-    ]
+def payload(rate: float, seed: int, epoch: int) -> dict[str, Any]:
+    spectrum = make_spectrum(c_t(rate, seed, epoch), lambda_max=10 * rate, loss=1 / (epoch + 2))
+    return record_payload(SpectrumRecord(epoch, 4 * (epoch + 1), spectrum))
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Tab:
-    folder: Path = tmp_path_factory.mktemp("sweep")
-    for rate in RATES:
-        for seed in SEEDS:
-            write_payloads(folder / f"lr={rate}" / f"seed={seed}", list(map(record_payload, records(rate, seed))))
+    folder = tmp_path_factory.mktemp("sweep")
+    for rate, seed in product(RATES, SEEDS):
+        payloads = [payload(rate, seed, epoch) for epoch in EPOCHS]
+        write_payloads(folder / f"lr={rate}" / f"seed={seed}", payloads)
     return Tab(folder)
 
 
@@ -76,9 +69,8 @@ def enter(page: Page, field: str, text: str) -> None:
     """Type a pattern, and wait until the charts follow."""
     page.script("window.before = document.body.dataset.drawn")
     page.change(f"#{field}", text, "input")
-    page.until(
-        "return document.body.dataset.drawn > window.before || !document.querySelector('#runs > .problem').hidden"
-    )
+    is_wrong = "!document.querySelector('#runs > .problem').hidden"
+    page.until(f"return document.body.dataset.drawn > window.before || {is_wrong}")
 
 
 def chosen_curves(page: Page, count: int) -> list[dict[str, Any]]:
@@ -167,15 +159,12 @@ def assert_grouped(page: Page) -> None:
 
 def place_in(page: Page, chart: str, x: float, share: float) -> tuple[float, float]:
     """Return the pixel of a place on the horizontal axis of a chart, at a share of its height."""
-    found: list[float] = page.script(
+    return page.script(
         "const node = document.getElementById(arguments[0]); node.scrollIntoView({ block: 'center' });"
         "const { left, top } = node.getBoundingClientRect(); const { xaxis, yaxis } = node._fullLayout;"
         "return [left + xaxis._offset + xaxis.d2p(arguments[1]), top + yaxis._offset + yaxis._length * arguments[2]]",
-        chart,
-        x,
-        share,
+        *(chart, x, share),
     )
-    return found[0], found[1]
 
 
 def test_values_at_the_pointer_and_the_chosen_state(page: Page) -> None:
@@ -188,7 +177,7 @@ def test_values_at_the_pointer_and_the_chosen_state(page: Page) -> None:
         " [row.querySelector('th').textContent, row.querySelector('td').firstChild.textContent, row.className])"
     )
     expected = {f"lr={rate}/seed={seed}": c_t(rate, seed, 1) for rate in RATES for seed in SEEDS}
-    assert {name: float(text.replace("−", "-")) for name, text, _ in rows} == pytest.approx(expected, rel=1e-3)
+    assert {name: float(hyphens(text)) for name, text, _ in rows} == pytest.approx(expected, rel=1e-3)
     assert [name for name, *_ in rows] == sorted(expected, key=lambda name: -expected[name])
     assert [name for name, _, mark in rows if mark == "nearest"] == ["lr=0.4/seed=2"]  # at the lower end
     # A click chooses the run that is nearest, and the epoch, which every figure marks.

@@ -3,26 +3,21 @@
 One server and one page for all tests; each chooses the state that it looks at.
 """
 
-from __future__ import annotations
-
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lightning_hesd import Spectrum, SpectrumHistory
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.quadrature import legible_sigma
-from tests.browser import Page, needs_browser
+from tests.browser import Page, hyphens, needs_browser
 from tests.states import EIGENVALUES, FAILURE, LAYERS, write_states
 from tests.tab import Server, Tab
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from lightning_hesd import Spectrum, SpectrumHistory
 
 pytestmark = needs_browser
 
@@ -72,8 +67,7 @@ def drawn(page: Page, kind: str, *, shown: bool = True) -> dict[str, dict[str, A
 
 
 def span(page: Page) -> list[float]:
-    found: list[float] = page.script("return document.getElementById('density')._fullLayout.xaxis.range")
-    return found
+    return page.script("return document.getElementById('density')._fullLayout.xaxis.range")
 
 
 def symlog(linear: float) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
@@ -86,8 +80,7 @@ def symlog(linear: float) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[
 
 def gaussians(at: np.ndarray, centers: np.ndarray, mass: np.ndarray | float) -> np.ndarray:
     kernel = np.exp(-0.5 * ((at[:, None] - centers) / SIGMA) ** 2) / (SIGMA * math.sqrt(2 * math.pi))
-    smoothed: np.ndarray = (kernel * mass).sum(axis=1)
-    return smoothed
+    return (kernel * mass).sum(axis=1)
 
 
 def density_on(spectrum: Spectrum, linear: float, at: np.ndarray) -> np.ndarray:
@@ -177,9 +170,8 @@ def test_the_address_has_the_choices(page: Page) -> None:
     page.script("location.hash = location.hash.replace('spectrum%22%5D', 'generalization%22%5D')")
     page.until("return document.querySelector('[data-field=generalization]').checked")
     assert list(drawn(page, "density")) == ["generalization"]
-    assert page.script("return document.getElementById('density').layout.xaxis.title.text").endswith(
-        "(loss / parameter²)"
-    )
+    title = page.script("return document.getElementById('density').layout.xaxis.title.text")
+    assert title.endswith("(loss / parameter²)")
     sort(page, "")
     page.click("#density-choices button", "symlog")
     page.until("return !location.hash.includes('order') && !location.hash.includes('density')")
@@ -188,14 +180,9 @@ def test_the_address_has_the_choices(page: Page) -> None:
 def test_every_spectrum_of_the_record_and_other_states_beside_it(
     page: Page, histories: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels = page.texts("#density-choices label")
-    assert labels == [
-        "Hessian, training data",
-        "Hessian, generalization data",
-        "Preconditioned Hessian",
-        GAUSS_NEWTON + " matrix",
-        "Residual: Hessian − " + GAUSS_NEWTON,
-    ]
+    hessians = ["Hessian, training data", "Hessian, generalization data", "Preconditioned Hessian"]
+    others = [f"{GAUSS_NEWTON} matrix", f"Residual: Hessian − {GAUSS_NEWTON}"]
+    assert page.texts("#density-choices label") == hessians + others
     for field in ("preconditioned", "ggn", "residual"):
         page.click(f"[data-field={field}]")
     page.until("return document.getElementById('density').data.every(({ visible }) => visible === true)")
@@ -237,26 +224,21 @@ return Object.fromEntries([...document.querySelectorAll('#state [data-row]')]
 """
 
 
-def plain(text: str) -> str:
-    return text.replace("−", "-")
-
-
 def test_numbers_have_their_errors_and_no_more_digits(page: Page, histories: Any) -> None:
     record = histories["every_kind"][1]
     rows = page.script(NUMBERS)
     spectra = [record.spectrum, record.generalization, record.preconditioned, record.ggn, record.residual]
     assert all(len(cells) == len(spectra) for cells in rows.values())
     for cell, spectrum in zip(rows["trace"], spectra, strict=True):
-        value, error = map(float, plain(cell).split(" ± "))
+        value, error = map(float, hyphens(cell).split(" ± "))
         assert spectrum.trace_error <= error <= 2 * spectrum.trace_error
         assert value == pytest.approx(spectrum.trace, abs=error / 2)
     for row, value_of in (("λ_max", lambda s: s.lambda_max), ("λ_min", lambda s: s.lambda_min)):
         for cell, spectrum in zip(rows[row], spectra, strict=True):
-            value, error = map(float, [*plain(cell).split(" ± "), "0"][:2])
+            value, error = map(float, [*hyphens(cell).split(" ± "), "0"][:2])
             assert value == pytest.approx(value_of(spectrum), rel=1e-5, abs=error)
     low, high = record.spectrum.c_t_interval
-    found = re.fullmatch(r"\[(.*), (.*)\]", plain(rows["Lanczos interval"][0]))
-    assert found is not None
+    found = re.fullmatch(r"\[(.*), (.*)\]", hyphens(rows["Lanczos interval"][0]))
     assert low - 0.1 * (high - low) <= float(found[1]) <= low < high <= float(found[2]) <= high + 0.1 * (high - low)
     assert "Lanczos interval, 95 %" in page.text("#state")
     assert rows["sampling error"] == ["0.0031", NONE, NONE, NONE, NONE]
@@ -325,21 +307,15 @@ def test_badges_say_what_is_unusual_and_why(page: Page, histories: Any) -> None:
     choose(page, 110)
     assert badges()["not verified"] == "kinks of the loss hide it"
     undefined = {"spectra": {"spectrum": {"type": None, "reason": "no curvature"}}}
-    found = page.script(
-        "const [record] = arguments; return import('/data/plugin/hesd/state.js').then((m) => m.badgesOf(record))",
-        undefined,
-    )
-    assert (found[0]["badge"], found[0]["why"]) == ("no C_t", "no curvature")
+    ask = "const [record] = arguments; return import('/data/plugin/hesd/state.js').then((m) => m.badgesOf(record))"
+    found = page.script(ask, undefined)[0]
+    assert (found["badge"], found["why"]) == ("no C_t", "no curvature")
 
 
 def card_of(page: Page, figure: str) -> tuple[int, str]:
     """Return height and text of the card of a figure."""
-    found = page.script(
-        "const card = document.getElementById(arguments[0]).closest('figure');"
-        "return [card.offsetHeight, card.innerText]",
-        figure,
-    )
-    return found[0], found[1]
+    card = "const card = document.getElementById(arguments[0]).closest('figure');"
+    return page.script(f"{card} return [card.offsetHeight, card.innerText]", figure)
 
 
 def test_failures_are_shown_where_they_happened(page: Page) -> None:
