@@ -37,9 +37,6 @@ def words(**schedule: Any) -> str:
     return cost_notice.cost_words(record, Schedule(**schedule), 6.0, 2.0)[0]
 
 
-# When ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "overhead"),
     [
@@ -99,9 +96,6 @@ def test_a_resumed_run_says_it_if_nothing_was_analyzed_before(
     caplog.clear()
     fit(tmp_path, make_callback(Clock(), 5, every_n_epochs=2), epochs=6, ckpt_path=tmp_path / "last.ckpt")
     assert [f"{WORDS} 0.12×" in said for said in informed(caplog)] == [True] * expected
-
-
-# What ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_options_have_numbers() -> None:

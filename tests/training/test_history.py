@@ -43,9 +43,6 @@ def test_a_full_disk_leaves_no_partial_file_and_the_next_try_succeeds(tmp_path: 
     assert len(SpectrumHistory.load(tmp_path)) == 3
 
 
-# Folders that another run has used ------------------------------------------------------------------------------------
-
-
 def run_of(*c_ts: float, first: int = 0) -> SpectrumHistory:
     history = SpectrumHistory()
     history.extend(

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from tests.training.modules import Classifier, Digits, callback, fit, freeze, loader, plain_loss, samples
 
-# What training_step returns, and what it takes ------------------------------------------------------------------------
-
 
 class Returns(Classifier):
     """Returns another loss when an analysis calls it, that is, in evaluation mode."""
@@ -85,8 +83,6 @@ def test_signatures(step: Callable[..., Any], nodes: Any, tmp_path: Path) -> Non
     module = type("Module", (Classifier,), {"training_step": step})
     assert nodes_of(tmp_path, module()) == nodes
 
-
-# Silence --------------------------------------------------------------------------------------------------------------
 
 CALLS: list[str] = []
 """Out of the module's reach, hence of what is put back after an analysis."""
@@ -172,9 +168,6 @@ def test_loss_fn_takes_the_place_of_training_step(tmp_path: Path) -> None:
     assert CALLS == ["training_step"] * 5
     batch = samples(observer.state_dict()["samples"]["training"]["indices"])
     assert observer.history[0].spectrum.loss == pytest.approx(2 * plain_loss(module, batch).item(), rel=1e-5)
-
-
-# The value of the loss, and its precision -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_samples", "layers"), [(16, []), (21, [nn.BatchNorm1d(6), nn.Dropout()])])

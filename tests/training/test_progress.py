@@ -40,9 +40,6 @@ def counts_in(frames: list[list[str]]) -> list[str]:
     return list(dict.fromkeys(shown))
 
 
-# On the screen --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", BARS)
 def test_a_bar_of_its_own_below_the_training_bar(kind: str, tmp_path: Path, terminal: Terminal) -> None:
     observer, spy = scripted(terminal)
@@ -177,9 +174,6 @@ def test_real_analyses_report_their_steps_and_training_is_as_without(
     assert with_bar == outcome()
 
 
-# No bar ---------------------------------------------------------------------------------------------------------------
-
-
 class OwnBar(ProgressBar):
     """A kind of bar that the package does not know."""
 
@@ -230,9 +224,6 @@ def test_short_analyses_do_not_flicker(
         assert counts_in(terminal.showing("Lanczos")) == [f"2/{TOTAL}"]
     if isinstance(bar, RichProgressBar):
         bar.teardown(trainer, Validated(), "fit")
-
-
-# Trouble --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("methods", [["__init__"], ["show"], ["close"], ["show", "close"]])

@@ -105,9 +105,6 @@ def test_a_link_is_refused_at_the_start() -> None:
         fitted("memory://x", 1, save_last="link")
 
 
-# Paths ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("where", ["memory://store/a", "local", "file://local"])
 def test_folders(where: str, tmp_path: Path) -> None:
     folder = where.replace("local", str(tmp_path / "a"))

@@ -100,9 +100,6 @@ def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -
         assert [first.candidates, second.candidates] == candidates
 
 
-# Advice that is followed ----------------------------------------------------------------------------------------------
-
-
 def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
     """As it says, another `num_samples` draws others."""
     last = interrupted(tmp_path / "first")

@@ -80,9 +80,6 @@ def epochs_in(callback: HessianSpectrumCallback) -> list[int]:
     return [record.epoch for record in callback.history]
 
 
-# Which analyses run ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -176,9 +173,6 @@ def test_waiting_for_a_device_means_its_kind(monkeypatch: pytest.MonkeyPatch) ->
     assert waited == ["cuda", "mps"]
 
 
-# Several runs ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stop_after", [1, 4])  # epochs with an analysis and epochs without one
 def test_a_resumed_run_goes_on_with_its_budget(tmp_path: Path, stop_after: int) -> None:
     whole = make_callback(Clock(), 5, max_overhead=0.125)
@@ -229,9 +223,6 @@ def test_refitting_goes_on_and_a_new_trainer_starts_anew(tmp_path: Path) -> None
     trainer.fit(ScriptedModule([Epoch(None)] * 6), loader())
     assert epochs_in(callback) == [0, 3, 5]
     assert callback.budget.state_dict()["training_seconds"] == 120
-
-
-# What is logged -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,6 @@ def only(trainer: Any, kind: type) -> Any:
     return found
 
 
-# Options of every kind ------------------------------------------------------------------------------------------------
-
 READ: dict[str, Callable[[Any], Any]] = {
     "every_n_epochs": lambda c: c.schedule.every_n_epochs,
     "epochs": lambda c: [epoch for epoch in range(9) if c.schedule.includes_epoch(epoch)],
@@ -155,8 +153,6 @@ def test_options_on_the_command_line() -> None:
     assert found.options.steps == 9
 
 
-# Errors ---------------------------------------------------------------------------------------------------------------
-
 UNREADABLE: list[tuple[dict[str, Any], str]] = [
     (spectra_config(step=5), "Option 'step' is not accepted"),
     (spectra_config(steps="many"), r'key "steps":\s+Expected a <class \'int\'>'),
@@ -186,9 +182,6 @@ def test_wrong_names_and_types_end_the_command(
 def test_wrong_values_are_said_as_in_python() -> None:
     with pytest.raises(ValueError, match="`every_n_epochs` and `epochs` exclude each other"):
         cli(configuration(spectra_config(every_n_epochs=2, epochs=[1])))
-
-
-# Configurations that come back ----------------------------------------------------------------------------------------
 
 
 def printed(config: str | Path, capsys: pytest.CaptureFixture[str]) -> str:

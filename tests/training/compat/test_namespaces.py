@@ -76,9 +76,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     return found(callback)
 
 
-# The main path --------------------------------------------------------------------------------------------------------
-
-
 def test_fit_log_pick_test_and_resume(tmp_path: Path, expected: list[Any]) -> None:
     name, namespace = OTHER, NAMESPACES[OTHER]
     loggers = [namespace.loggers.TensorBoardLogger(tmp_path), namespace.loggers.CSVLogger(tmp_path, name="csv")]
@@ -157,9 +154,6 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert callback.checkpoint.best.path == callback.checkpoint.best_model_path
 
 
-# Classes of a namespace -----------------------------------------------------------------------------------------------
-
-
 def test_no_class_of_lightning_is_asked_for_by_its_import() -> None:
     """`isinstance` with an imported class knows one namespace only; `namespaces.py` has the classes of both."""
     found, asked = [], 0
@@ -206,9 +200,6 @@ def test_names_that_a_version_lacks_are_passed_over() -> None:
     assert lightning_types("callbacks.NoSuchThing", "Trainer") == tuple(n.Trainer for n in NAMESPACES.values())
     with pytest.raises(TypeError, match=r"expected an object of lightning.pytorch or pytorch_lightning, got int of"):
         namespace_of(1)
-
-
-# Ways in --------------------------------------------------------------------------------------------------------------
 
 
 def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
