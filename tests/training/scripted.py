@@ -147,9 +147,12 @@ def earliest(record: Any) -> float:
     return -float(record.epoch)
 
 
+def history(*records: SpectrumRecord) -> SpectrumHistory:
+    found = SpectrumHistory()
+    found.extend(records)
+    return found
+
+
 def example() -> SpectrumHistory:
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(-1, 0, make_spectrum(-0.9)))
-    history.append(SpectrumRecord(0, 10, None, "RuntimeError: no luck"))
-    history.append(SpectrumRecord(1, 20, make_spectrum(-0.2)))
-    return history
+    failed = SpectrumRecord(0, 10, None, "RuntimeError: no luck")
+    return history(SpectrumRecord(-1, 0, make_spectrum(-0.9)), failed, SpectrumRecord(1, 20, make_spectrum(-0.2)))

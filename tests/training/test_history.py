@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from lightning_hesd import Spectrum, SpectrumHistory
 from lightning_hesd.spectra.codec import load_layers
 from lightning_hesd.training.history import SpectrumRecord
+from tests.training.broken import raising
 from tests.training.scripted import example, make_spectrum
 
 
@@ -128,11 +128,7 @@ def test_an_index_cannot_have_others_deleted(tmp_path: Path) -> None:
 def test_an_index_never_names_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is killed while it replaces the files of another leaves none of a mixture to be read."""
     run_of(-0.9, -0.8).save(tmp_path)
-
-    def killed(*_args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lightning_hesd.training.history_folder.write_text", killed)
+    monkeypatch.setattr("lightning_hesd.training.history_folder.write_text", raising(KeyboardInterrupt()))
     history = run_of(-0.1, -0.2)
     with pytest.raises(KeyboardInterrupt):
         history.save(tmp_path)
