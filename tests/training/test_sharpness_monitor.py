@@ -362,7 +362,7 @@ def test_what_cannot_be_tracked_has_a_reason_and_no_number(
 ) -> None:
     tracked, module = monitor(1, on_error="warn"), Sgd()
     module.automatic_optimization = sharded
-    if sharded:  # as `test_sharded.py` has it, in several processes
+    if sharded:  # which takes several processes
         monkeypatch.setattr(strategies, "check_whole", out_of_luck)
     with own_warnings() as said:
         fit(tmp_path, tracked, module=module)
