@@ -138,6 +138,16 @@ def plain_loss(module: pl.LightningModule, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
+class Validated(Classifier):
+    """Logs the loss on validation data."""
+
+    def val_dataloader(self) -> Any:
+        return loader(Digits(16))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", plain_loss(self, batch), batch_size=len(batch[1]))
+
+
 class DataModule(pl.LightningDataModule):
     """A datamodule around a function that makes the training dataloader."""
 

@@ -25,7 +25,7 @@ from lightning_hesd.training import closing, terminal
 from lightning_hesd.training.compat import messages
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.broken import raising
-from tests.training.modules import Classifier, callback, fit
+from tests.training.modules import Validated, callback, fit
 from tests.training.scripted import make_spectrum
 from tests.training.terminals import BARS, Terminal, scripted, train
 
@@ -267,7 +267,7 @@ def test_once_per_fit_and_not_in_a_development_run(tmp_path: Path, capsys: pytes
     observer = callback(verbose=True)
     trainer = fit(tmp_path, observer)
     assert capsys.readouterr().out.count("× the training time") == 1
-    trainer.validate(Validating(), dataloaders=[0], verbose=False)
+    trainer.validate(Validated(), verbose=False)
     assert "training time" not in capsys.readouterr().out
     fit(tmp_path, observer)
     assert capsys.readouterr().out.count("× the training time") == 1
@@ -275,11 +275,6 @@ def test_once_per_fit_and_not_in_a_development_run(tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out
     assert "hesd: epoch 0, C_t = " in out
     assert "training time" not in out
-
-
-class Validating(Classifier):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
 
 
 def test_picks_of_all_checkpoints_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ from tests.training.modules import (
     DataModule,
     Digits,
     Recorder,
+    Validated,
     callback,
     fit,
     freeze,
@@ -130,17 +131,11 @@ class AugmentingModule(Classifier):
         return [x - self.mean, *batch[1:]]
 
 
-class Validated(Classifier):
-    """Validates, and saves checkpoints that are ranked by the outcome."""
+class Ranked(Validated):
+    """Saves checkpoints that are ranked by the outcome of the validation."""
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [ModelCheckpoint(monitor="val_loss", save_top_k=-1)]
-
-    def val_dataloader(self) -> Any:
-        return loader(Digits(16))
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", plain_loss(self, batch))
 
 
 class RaisesEveryOtherTime:
@@ -275,7 +270,7 @@ SCENARIOS = {
         records=3,
     ),
     "validation_and_checkpoints": Scenario(
-        lambda: Validated(nn.Dropout(0.3)),
+        lambda: Ranked(nn.Dropout(0.3)),
         callbacks=lambda: [callback(checkpoint="highest_c_t", at_start=True)],
         trainer={"enable_checkpointing": True},
         records=3,
