@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hesd import Spectrum
+from lightning_hesd import HessianCheckpoint, Spectrum
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from lightning_hesd.training.source import SpectrumSource
 from tests.training.modules import QUIET
@@ -145,6 +145,11 @@ def epoch_of(path: str) -> int:
 
 def earliest(record: Any) -> float:
     return -float(record.epoch)
+
+
+def keeping(rule: Any = earliest, **arguments: Any) -> HessianCheckpoint:
+    """A rule by which every state stays a candidate, and the earliest one is the pick."""
+    return HessianCheckpoint(rule, **{"require_mp": False, "tolerance": 99.0, **arguments})
 
 
 def history(*records: SpectrumRecord) -> SpectrumHistory:

@@ -24,7 +24,7 @@ from lightning_hesd.training.history import SpectrumRecord
 from tests.training.broken import raising
 from tests.training.digits_run import Net, fit
 from tests.training.logs import ListLogger, read_csv, read_events
-from tests.training.scripted import make_spectrum
+from tests.training.scripted import keeping, make_spectrum
 
 KEYS = {
     *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "verified", "mp", "lambda_max", "lambda_min", "trace", "k_h05"),
@@ -167,10 +167,7 @@ def test_a_folder_used_before_has_the_last_run_only(tmp_path: Path) -> None:
     every = ModelCheckpoint(dirpath=tmp_path / "every", save_top_k=-1, filename="{epoch}")
     continued = {"ckpt_path": tmp_path / "every" / "epoch=0.ckpt"}
     for rate, epochs, arguments in ((1.0, 3, {}), (2.0, 2, {}), (3.0, 3, {}), (4.0, 2, continued)):
-        checkpoint = HessianCheckpoint(
-            lambda record: -record.epoch, dirpath=tmp_path / str(rate), tolerance=9.0, require_mp=False
-        )
-        spectra = callback(checkpoint=checkpoint)
+        spectra = callback(checkpoint=keeping(dirpath=tmp_path / str(rate)))
         logger = CSVLogger(tmp_path, name="", version="run")
         callbacks = [spectra, every] if rate == 1 else [spectra]
         fit(tmp_path, *callbacks, net=partial(Diverging, rate), epochs=epochs, logger=logger, **arguments)

@@ -17,7 +17,7 @@ from lightning_hesd.commands.report import run_data
 from lightning_hesd.training import folders
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_same_file, lies_in, place
 from tests.training.modules import own_warnings
-from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, earliest, example, loader, make_trainer
+from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, example, keeping, loader, make_trainer
 
 SCRIPT = [Epoch(-0.1, loss=loss) for loss in (0.4, 0.3, 0.2, 0.1)]
 REMOTE = "memory://bucket/run"
@@ -45,7 +45,7 @@ def c_t(history: SpectrumHistory) -> list[float | None]:
 
 
 def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None:
-    checkpoint = HessianCheckpoint(earliest, require_mp=False, tolerance=99.0, save_last=True)
+    checkpoint = keeping(save_last=True)
     observer = HessianSpectrumCallback(
         loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, on_error="raise", checkpoint=checkpoint
     )
@@ -68,8 +68,7 @@ def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None
 def fitted(
     where: str, epochs: int, ckpt_path: str | None = None, **arguments: Any
 ) -> tuple[HessianCheckpoint, list[str]]:
-    defaults = {"rule": earliest, "require_mp": False, "tolerance": 9.0, "save_last": True, "dirpath": where}
-    checkpoint = HessianCheckpoint(**{**defaults, **arguments})
+    checkpoint = keeping(**{"save_last": True, "dirpath": where, **arguments})
     trainer = make_trainer("memory://root", [ScriptedSource(SCRIPT), checkpoint], epochs)
     with own_warnings() as said:
         trainer.fit(ScriptedModule(SCRIPT), loader(), ckpt_path=ckpt_path)

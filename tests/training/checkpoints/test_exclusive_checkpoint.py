@@ -22,7 +22,7 @@ from tests.training.scripted import (
     Epoch,
     ScriptedModule,
     ScriptedSource,
-    earliest,
+    keeping,
     loader,
     make_trainer,
     run_script,
@@ -32,10 +32,6 @@ SCRIPT = [Epoch(-0.1, loss=loss, accuracy=0.5) for loss in (0.4, 0.3, 0.2)]
 """Each epoch has a better loss than the one before: with a rule that prefers the earliest all stay candidates."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-
-
-def keeping(rule: Any = earliest, **arguments: Any) -> HessianCheckpoint:
-    return HessianCheckpoint(rule, **{"require_mp": False, "tolerance": 99.0, **arguments})
 
 
 def step_in(path: str | Path) -> Any:
