@@ -735,9 +735,7 @@ def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch:
     with own_warnings() as texts:
         trainer = fit(tmp_path, neighbor, observer)
     said = "".join(texts)
-    assert (
-        "`trainer.callbacks[0].refusing` changed during an analysis and was not restored (OSError('no luck'))" in said
-    )
+    assert "callbacks[0].refusing` changed during an analysis and was not restored (OSError('no luck'))" in said
     assert re.search(r"`trainer\.callbacks\[0\]\.forgetful` changed .* \(it does not take its former values\)", said)
     assert trainer.state.finished
     assert [record.error for record in observer.history] == [None] * 2
