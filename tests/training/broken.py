@@ -35,7 +35,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-out_of_luck = raising(OSError("no luck"))
+out_of_luck, out_of_memory = raising(OSError("no luck")), raising(MemoryError("no memory here"))
 
 
 class Broken(Digits):

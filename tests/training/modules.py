@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 import random
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -235,6 +236,11 @@ def own_warnings() -> Iterator[list[str]]:
         warnings.filterwarnings("always", "lightning_hesd: ")
         yield said
     said += [str(w.message) for w in caught]
+
+
+def pickled(original: Any) -> Any:
+    """Return a copy that has been pickled."""
+    return pickle.loads(pickle.dumps(original))  # noqa: S301 - its own
 
 
 def freeze(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from tests.training.modules import (
     global_generators,
     loader,
     own_warnings,
+    pickled,
     plain_loss,
     samples,
 )
@@ -296,7 +296,7 @@ def test_the_original_shows_the_records_of_its_copy(tmp_path: Path) -> None:
     copied = copy.deepcopy(tracked)
     fit(tmp_path, copied, module=Sgd())
     assert tracked.history == copied.history != []
-    again = pickle.loads(pickle.dumps(copied))  # noqa: S301
+    again = pickled(copied)
     assert again.history == copied.history
     assert again.every_n_train_steps == 5
     assert again._tracker._vectors == []
