@@ -49,9 +49,6 @@ def cells(found: Summary, column: str) -> list[str]:
     return [row[found.header.index(column)] for row in found.rows]
 
 
-# Words ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("made", "by_step", "lines"),
     [
@@ -167,9 +164,6 @@ class TestTable:
         assert not {"candidate", "s", "loss", "λ_max"} & set(found.within(40).header)
         assert {"epoch", "C_t", "[interval]", "type", "criteria", "pick"} <= set(narrow.header)
         assert all(len(line) < 80 for line in str(narrow).splitlines()[1 : len(made) + 2])
-
-
-# On the screen --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -96,9 +96,6 @@ def test_an_exception_has_a_file_of_its_own(tmp_path: Path, arguments: dict[str,
     assert step_in(exception) == step_in(checkpoint.last_model_path) == 5
 
 
-# Neighbors -----------------------------------------------------------------------------------------------------------
-
-
 def neighbor(**arguments: Any) -> ModelCheckpoint:
     return ModelCheckpoint(**{"save_top_k": -1, **arguments})
 
@@ -160,9 +157,6 @@ def test_names_of_files() -> None:
     nested = ModelCheckpoint(filename="a/{hesd/c_t}-{epoch}")
     assert may_coincide("a/{hesd/c_t:.3f}-{epoch:02d}", nested, auto_insert_metric_name=True)
     assert not may_coincide("b/{hesd/c_t}-{epoch}", nested, auto_insert_metric_name=True)
-
-
-# Callbacks added later ------------------------------------------------------------------------------------------------
 
 
 class Appending(Callback):
@@ -228,9 +222,6 @@ def test_the_trainer_may_have_tested_before_it_fits(own: bool, tmp_path: Path) -
     assert_own_files(checkpoint, 2)
     expected = "own/best.ckpt" if own else "checkpoints/hesd-earliest-epoch=0-step=2.ckpt"
     assert Path(checkpoint.best_model_path) == tmp_path / expected
-
-
-# Files that were lost -------------------------------------------------------------------------------------------------
 
 
 def resumed(folder: Path, path: str, epochs: int = 3, **arguments: Any) -> tuple[HessianCheckpoint, list[str]]:

@@ -257,9 +257,6 @@ def test_a_resumed_run_copies_its_own_first_batches(tmp_path: Path) -> None:
     assert seen.batches == module.trained[:2]
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("batches_kept", "room"), [(1, 0.5), (2, 2.5)], ids=["one at least", "two"])
 def test_the_memory_of_copied_batches_is_bounded(
     batches_kept: int, room: float, tmp_path: Path, monkeypatch: Any
@@ -281,9 +278,6 @@ def test_a_view_is_copied_without_the_memory_around_it() -> None:
     assert copy["y"][0].untyped_storage().nbytes() == 4
     whole.zero_()
     assert copy["x"].abs().sum() > 0
-
-
-# Batches that cannot be copied ----------------------------------------------------------------------------------------
 
 
 class Attached(Classifier):
@@ -324,9 +318,6 @@ def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
         fit(tmp_path, callback(loss_fn=plain_loss), module=Fetches(), data=loader(FiniteStream(99)))
 
 
-# Several ranks --------------------------------------------------------------------------------------------------------
-
-
 class Share(IterableDataset[Any]):
     """Every rank has the batches of eight whose numbers leave its rank as the remainder."""
 
@@ -356,9 +347,6 @@ def test_two_ranks_keep_half_of_the_samples_each(tmp_path: Path) -> None:
     assert both.num_samples == alone.num_samples == 32
     assert both.lambda_max == pytest.approx(alone.lambda_max, rel=1e-9)
     assert both.c_t == pytest.approx(alone.c_t, rel=1e-9)
-
-
-# A dataloader of the user's own ---------------------------------------------------------------------------------------
 
 
 def test_a_dataloader_of_the_users_that_cannot_be_copied_is_iterated(tmp_path: Path) -> None:
