@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,8 @@ def c_t(history: SpectrumHistory) -> list[float | None]:
 
 def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None:
     checkpoint = keeping(save_last=True)
-    observer = HessianSpectrumCallback(
-        loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, on_error="raise", checkpoint=checkpoint
-    )
+    options: dict[str, Any] = {"num_samples": 2, "on_error": "raise", "checkpoint": checkpoint}
+    observer = HessianSpectrumCallback(loss_fn=lambda m, _: (m.weight - 9) ** 2, **options)
     logger = CSVLogger(REMOTE)
     for _ in range(2):  # the second run overwrites what the first has left
         trainer = make_trainer(REMOTE, [observer], 2, logger=logger)
@@ -92,11 +90,10 @@ def test_what_cannot_be_reached_is_dropped_with_a_warning(nothing_local: Any) ->
     last = checkpoint.last_model_path
     nothing_local.mv(last, "memory://kept/last.ckpt")
     nothing_local.rm("memory://gone", recursive=True)
-    resumed, said = fitted("memory://new", 3, "memory://kept/last.ckpt")
+    resumed, [text] = fitted("memory://new", 3, "memory://kept/last.ckpt")
     assert [c.epoch for c in resumed.candidates] == [2]
-    assert len(said) == 1
-    assert "cannot be reached" in said[0]
-    assert checkpoint.candidates[0].path in said[0]
+    assert "cannot be reached" in text
+    assert checkpoint.candidates[0].path in text
 
 
 def test_a_link_is_refused_at_the_start() -> None:
@@ -111,8 +108,8 @@ def test_folders(where: str, tmp_path: Path) -> None:
     assert folders.read_text(folder, "x.txt") == ""
     with folders.fetched(folder) as copy:
         assert not (copy / "x.txt").exists()
-    folders.append(folder, "x.txt", "one\n")
-    folders.append(folder, "x.txt", "two\n")
+    for line in ("one\n", "two\n"):
+        folders.append(folder, "x.txt", line)
     assert folders.read_text(folder, "x.txt") == "one\ntwo\n"
     example().save(folder)
     with folders.fetched(folder) as copy:
@@ -133,10 +130,10 @@ def test_paths(tmp_path: Path) -> None:
     assert is_same_file(tmp_path / "link", tmp_path / "file.ckpt")
     assert is_same_file("memory://a/b", "memory://a/b")
     assert not is_same_file("memory://a/b", tmp_path)
+    here = str(tmp_path)
     assert lies_in("memory://a/b.ckpt", "memory://a/", ".ckpt")
-    assert not lies_in("memory://a/../b.ckpt", "memory://a", ".ckpt")
-    assert not lies_in("memory://ab/b.ckpt", "memory://a", ".ckpt")
-    assert not lies_in("memory://a/b.ckpt", str(tmp_path), ".ckpt")
-    assert not lies_in(str(tmp_path / "b.ckpt"), "memory://a", ".ckpt")
-    assert not lies_in(str(tmp_path / "b.txt"), str(tmp_path), ".ckpt")
-    assert lies_in(os.path.join(tmp_path, "b.ckpt"), str(tmp_path), ".ckpt")  # noqa: PTH118
+    assert lies_in(f"{here}/b.ckpt", here, ".ckpt")
+    for path in ("memory://a/../b.ckpt", "memory://ab/b.ckpt", f"{here}/b.ckpt"):
+        assert not lies_in(path, "memory://a", ".ckpt")
+    for path in ("memory://a/b.ckpt", f"{here}/b.txt"):
+        assert not lies_in(path, here, ".ckpt")
