@@ -172,6 +172,17 @@ class Recorder(pl.Callback):
         self.modes.append([module.training for module in pl_module.modules()])
 
 
+class Copies(pl.Callback):
+    """Keeps a copy of the network after every step."""
+
+    def __init__(self) -> None:
+        self.networks: dict[int, Classifier] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.networks[trainer.global_step] = Classifier()
+        self.networks[trainer.global_step].load_state_dict(pl_module.state_dict())
+
+
 class SeenByLoss:
     """A `loss_fn` that keeps copies of the batches of each analysis, without those of its comparison in float64."""
 

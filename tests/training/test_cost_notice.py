@@ -31,9 +31,9 @@ def informed(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [message for message in caplog.messages if "an analysis takes" in message]
 
 
-def words(**schedule: Any) -> str:
+def words(found: Any = None, *, generalization: Any = None, **schedule: Any) -> str:
     """What is said of an analysis of 6 s after 2 s of training."""
-    record = SpectrumRecord(0, 10, spectrum(None))
+    record = SpectrumRecord(0, 10, found or spectrum(None), generalization=generalization)
     return cost_notice.cost_words(record, Schedule(**schedule), 6.0, 2.0)[0]
 
 
@@ -126,12 +126,9 @@ def test_options_that_do_not_help_are_not_named() -> None:
     """Few samples, a tolerance already, a second spectrum that needs fixed steps, and analyses that are cheap."""
     assert "num_samples=" not in words()
     plain = make_spectrum(-0.1)
-    many = SpectrumRecord(0, 10, replace(plain, num_samples=512))
-    assert "`num_samples=128` (0.75×)" in cost_notice.cost_words(many, Schedule(), 6.0, 2.0)[0]
-    with_tolerance = SpectrumRecord(0, 10, spectrum(0.3))
-    assert "tolerance" not in cost_notice.cost_words(with_tolerance, Schedule(), 6.0, 2.0)[0]
-    two = SpectrumRecord(0, 10, spectrum(None), generalization=plain)
-    assert "tolerance" not in cost_notice.cost_words(two, Schedule(), 6.0, 2.0)[0]
+    assert "`num_samples=128` (0.75×)" in words(replace(plain, num_samples=512))
+    assert "tolerance" not in words(spectrum(0.3))
+    assert "tolerance" not in words(generalization=plain)
     cheap, overhead = cost_notice.cost_words(SpectrumRecord(0, 10, plain), Schedule(), 0.5, 10.0)
     assert (cheap.endswith(f"{WORDS} 0.05× the training time."), overhead) == (True, 0.05)
 

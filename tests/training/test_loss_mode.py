@@ -1,7 +1,6 @@
 """The analyzed loss is the one that is trained, without its randomness, also where evaluation mode is another function.
 
-Every stand-in comes with its training loss written out in formulas, of which the Hessian is taken by differences of
-values in float64.
+Every stand-in comes with its training loss written out in formulas, of which the Hessian is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training import loss_mode
+from tests.oracles import dense_hessian
 from tests.training.broken import raising
 from tests.training.modules import Classifier, callback, fit, freeze, loader, plain_loss
 from tests.training.samples.drawn import FiniteStream
@@ -88,23 +87,6 @@ def of_forces(w: Weights, x: Tensor, _: Tensor) -> Tensor:
     h, v = hidden(w, x), w["last.weight"][0]
     forces = ((1 - h.square()) * v) @ w["first.weight"]
     return (h @ v + w["last.bias"][0]).square().mean() + (forces + x).square().mean()
-
-
-def hessian(loss: Callable[[Weights, Tensor, Tensor], Tensor], module: nn.Module) -> np.ndarray[Any, Any]:
-    """Return the Hessian of a loss at the weights of a module, by central differences of its values."""
-    names = {name: p.detach() for name, p in module.named_parameters()}
-    point = torch.cat([p.reshape(-1) for p in names.values()])
-
-    def value(flat: Tensor) -> Tensor:
-        parts = flat.split([p.numel() for p in names.values()])
-        return loss({n: part.view_as(p) for (n, p), part in zip(names.items(), parts, strict=True)}, X, Y)
-
-    n, step = len(point), 1e-3
-    basis = step * torch.eye(n, dtype=torch.float64)
-    pairs = basis[:, None] + basis, basis[:, None] - basis
-    plus, minus = (torch.func.vmap(value)((point + pair).reshape(n * n, n)).view(n, n) for pair in pairs)
-    others = [torch.func.vmap(value)((point - pair).reshape(n * n, n)).view(n, n) for pair in pairs]
-    return ((plus + others[0] - minus - others[1]) / (4 * step**2)).numpy()
 
 
 # Stand-ins ------------------------------------------------------------------------------------------------------------
@@ -252,10 +234,10 @@ def test_the_loss_is_that_of_training_without_randomness(
         observer = analyzed(tmp_path, module := kind())
     spectrum = observer.history[0].spectrum
     assert spectrum is not None
-    expected = np.linalg.eigvalsh(hessian(loss, module))
+    written_out = dense_hessian(module, [(X, Y)], lambda m, batch: loss(dict(m.named_parameters()), *batch))
+    expected = torch.linalg.eigvalsh(written_out)[[0, -1]].tolist()
     assert spectrum.loss == pytest.approx(loss(dict(module.named_parameters()), X, Y).item(), rel=1e-12)
-    # Differences of values in float64 with a step of 1e-3 are accurate to about 1e-6.
-    assert [spectrum.lambda_min, spectrum.lambda_max] == pytest.approx(expected[[0, -1]], abs=1e-5 * expected[-1])
+    assert [spectrum.lambda_min, spectrum.lambda_max] == pytest.approx(expected, abs=1e-9 * expected[-1])
     assert (spectrum.mode, spectrum.verified) == (mode, "yes")
     texts = said(caplog, caught)
     assert len(texts) == (message is not None)

@@ -26,6 +26,7 @@ from tests.training.logs import read_csv
 from tests.training.modules import (
     SIZE,
     Classifier,
+    Copies,
     Recorder,
     callback,
     fit,
@@ -63,28 +64,16 @@ class Adam(Classifier):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-class Weights(pl.Callback):
-    """Keeps a copy of the network after every step."""
-
-    def __init__(self) -> None:
-        self.nets: dict[int, pl.LightningModule] = {}
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        net = Classifier()
-        net.load_state_dict(pl_module.state_dict())
-        self.nets[trainer.global_step] = net
-
-
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
 def test_tracked_values_are_those_of_the_dense_hessian(tmp_path: Path) -> None:
-    weights, tracked = Weights(), monitor(5, num_samples=SIZE)
-    fit(tmp_path, tracked, weights, module=Sgd(), max_epochs=4)
+    copies, tracked = Copies(), monitor(5, num_samples=SIZE)
+    fit(tmp_path, tracked, copies, module=Sgd(), max_epochs=4)
     assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 10, 15, 20]
     everything = samples(list(range(SIZE)))
     for record in tracked.history[::2]:
-        net = weights.nets[record.global_step]
+        net = copies.networks[record.global_step]
         hessian = dense_hessian(net, [everything], plain_loss)
         largest = torch.linalg.eigvalsh(hessian)[-1].item()
         assert 0.9 * largest <= record.tracked_lambda_max <= largest * (1 + 1e-5)

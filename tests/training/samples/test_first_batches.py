@@ -363,18 +363,14 @@ def test_a_dataloader_of_the_users_that_cannot_be_copied_is_iterated(tmp_path: P
     assert observer.history[0].spectrum.num_samples == 16
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda *of: list(of),
-        lambda *of: dict(zip("ab", of, strict=True)),
-        lambda *of: CombinedLoader(dict(zip("ab", of, strict=True)), "min_size"),
-    ],
-    ids=["list", "dict", "combined"],
-)
-def test_several_dataloaders_of_the_users_beside_several_of_training(make: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["list", "dict", "combined"])
+def test_several_dataloaders_of_the_users_beside_several_of_training(kind: str, tmp_path: Path) -> None:
+    def several() -> Any:
+        both = {"a": loader(), "b": loader()}
+        return {"list": [*both.values()], "dict": both, "combined": CombinedLoader(both, "min_size")}[kind]
+
     seen = Seen()
-    observer = callback(dataloader=make(loader(), loader()), loss_fn=seen)
-    fit(tmp_path, observer, module=Observed(), data=make(loader(), loader()), max_epochs=1)
+    observer = callback(dataloader=several(), loss_fn=seen)
+    fit(tmp_path, observer, module=Observed(), data=several(), max_epochs=1)
     assert len(seen.batches) == 2
     assert observer.state_dict()["samples"]["training"]["indices"] is None
