@@ -373,8 +373,8 @@ def case_batches_of_training_are_kept() -> None:
     callback = HessianSpectrumCallback(steps=3, num_samples=64, on_error="raise")
     plain, net = Net(), Net()
     first_batches.MAX_DEVICE_BYTES = 2 * X[:16].nbytes  # the others go to the CPU
-    fit(None, net=plain, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
-    fit(callback, net=net, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
+    for observer, trained in ((None, plain), (callback, net)):
+        fit(observer, net=trained, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     assert same(plain, net)
     expected = hessian_spectrum(net.cpu(), loader(), mean_loss, steps=3)
     assert values(callback.history[0].spectrum) == pytest.approx(values(expected), rel=ROUNDING)

@@ -82,22 +82,12 @@ class NoisyDigits(Digits):
         return x + torch.tensor(self.rng.normal(size=64), dtype=torch.float32)
 
 
-def noise_of_torch(x: Tensor) -> Tensor:
-    """Augment from the global generator of PyTorch."""
-    return x + 0.5 * torch.randn(64)
-
-
-def noise_of_numpy(x: Tensor) -> Tensor:
-    """Augment from the global generator of NumPy."""
-    return x + torch.tensor(np.random.normal(size=64), dtype=torch.float32)  # noqa: NPY002
-
-
-def noise_of_python(x: Tensor) -> Tensor:
-    """Augment from the global generator of Python."""
-    return x * random.random()
-
-
-NOISES = {"torch": noise_of_torch, "numpy": noise_of_numpy, "python": noise_of_python}
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch": lambda x: x + 0.5 * torch.randn(64),
+    "numpy": lambda x: x + torch.tensor(np.random.normal(size=64), dtype=torch.float32),  # noqa: NPY002
+    "python": lambda x: x * random.random(),
+}
+"""Augmentations, from the global generator of each library."""
 
 
 def noise_of_all(x: Tensor) -> Tensor:

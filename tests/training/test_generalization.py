@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +14,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
-from lightning_hesd.spectra.assessment import CAVEAT, SHORT_CAVEAT, TITLE
 from lightning_hesd.spectra.scalars import scalars
 from tests.training.digits_run import Net, fit
 from tests.training.logs import read_csv, read_events
@@ -38,16 +35,13 @@ class Run(NamedTuple):
 
     history: Any
     trainer: Any
-    printed: list[str]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
-    spectra = callback(probes=2, verbose=True)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        trainer = fit(folder, spectra, logger=[TensorBoardLogger(folder), CSVLogger(folder)])
-    return Run(spectra.history, trainer, out.getvalue().splitlines())
+    spectra = callback(probes=2)
+    return Run(spectra.history, fit(folder, spectra, logger=[TensorBoardLogger(folder), CSVLogger(folder)]))
 
 
 def test_the_other_spectrum_is_that_of_the_other_data_with_the_same_probes(run: Run) -> None:
@@ -140,10 +134,3 @@ def test_a_failure_on_the_other_data_leaves_the_training_spectrum(tmp_path: Path
     assert record.spectrum is not None
     assert record.generalization is record.assessment is None
     assert record.error.startswith("the analysis of generalization data: ValueError: ")
-
-
-def test_verbose_prints_the_verdict(run: Run) -> None:
-    lines = [line for line in run.printed if line.startswith("hesd: epoch 0")]
-    assert [line.split(", ")[1].split(" ")[0] for line in lines] == ["C_t", "gen", "criteria"]
-    assert lines[2] == f"hesd: epoch 0, criteria {run.history[0].assessment.words} ({SHORT_CAVEAT})"
-    assert str(run.history[0].assessment).startswith(f"{TITLE} ({CAVEAT}): ")

@@ -78,7 +78,10 @@ def test_lines_fit_into_a_terminal() -> None:
 def test_the_criteria_have_their_caveat() -> None:
     made = replace(record(0), generalization=make_spectrum(-0.2))
     words = made.assessment.words
-    assert analysis_lines(made, "x")[-1] == f"x: epoch 0, criteria {words} (experimental, right in 18/40)"
+    first, second, third = analysis_lines(made, "x")
+    assert first.startswith("x: epoch 0, C_t = -0.1 [")
+    assert second.startswith("x: epoch 0, gen C_t = -0.2 [")
+    assert third == f"x: epoch 0, criteria {words} (experimental, right in 18/40)"
     assert f"{TITLE} ({CAVEAT})" in summary(made).notes
     assert str(made.assessment).startswith(f"{TITLE} ({CAVEAT}): {words}; ")
 

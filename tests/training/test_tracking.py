@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 import runpy
 import shutil
 import struct
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from lightning_hesd.training import loggers
 from tests.training.broken import raising
 from tests.training.digits_run import Net, data
 from tests.training.logs import read_csv
-from tests.training.modules import global_generators
+from tests.training.modules import global_generators, seed
 from tests.training.scripted import make_trainer
 
 EPOCHS = 2
@@ -43,15 +42,10 @@ def spectra(**arguments: Any) -> HessianSpectrumCallback:
 def train(folder: Path, loggers: list[Logger], *callbacks: HessianSpectrumCallback, fail_at: int | None = None) -> Net:
     for logger in loggers:
         _ = logger.experiment  # MLflow itself draws the name of a run from Python's generator
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - what a logger might draw from
-    torch.manual_seed(0)
+    seed()
     trainer = make_trainer(folder, list(callbacks), EPOCHS, logger=loggers, enable_checkpointing=False)
     trainer.fit(module := Net(fail_at), data())
     return module
-
-
-# Clients on local files -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,10 +55,9 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     folder = tmp_path_factory.mktemp("clients")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "DIR"):
-            patch.setenv(f"WANDB_{name}", str(folder))
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
+        folders = dict.fromkeys(("DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "DIR"), str(folder))
+        for name, value in {**folders, "MODE": "offline", "SILENT": "true"}.items():
+            patch.setenv(f"WANDB_{name}", value)
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # 3.17 without a data base refuses otherwise
         patch.setenv("MLFLOW_TRACKING_URI", "")  # the client sets it
         yield
@@ -184,11 +177,7 @@ def assert_same(first: SpectrumHistory, second: SpectrumHistory) -> None:
             np.testing.assert_equal(a.to_dict(), b.to_dict())
 
 
-# One run with both ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
+class Run(NamedTuple):
     history: Any
     module: Net
     generators: Any
@@ -201,8 +190,7 @@ def run(clients: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     wandb, mlflow = WandbLogger(save_dir=folder), MLFlowLogger(tracking_uri=f"file://{folder}/mlruns")
     callback = spectra(generalization_dataloader=data(), layers="auto")
-    module = train(folder, [wandb, mlflow], callback)
-    generators = global_generators()
+    module, generators = train(folder, [wandb, mlflow], callback), global_generators()
     assert [list(record.spectra) for record in callback.history] == [SUFFIXES] * EPOCHS
     return Run(callback.history, module, generators, WandbFiles(wandb), MLflowFiles(mlflow))
 
@@ -284,9 +272,6 @@ def test_training_is_the_same_without_any_of_it(run: Run, tmp_path: Path) -> Non
     plain = train(tmp_path, [])
     assert all(map(torch.equal, run.module.parameters(), plain.parameters()))
     assert run.generators == global_generators()
-
-
-# Where something is amiss ---------------------------------------------------------------------------------------------
 
 
 def test_a_run_has_a_folder_of_its_own(tmp_path: Path) -> None:

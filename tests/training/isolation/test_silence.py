@@ -129,21 +129,6 @@ def test_loggers_get_nothing_from_an_analysis(
     assert "never printed" not in capsys.readouterr().out
 
 
-class AsksForFolder(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        SEEN.append((self.trainer.log_dir, self.logger))
-        return plain_loss(self, batch)
-
-
-@pytest.mark.parametrize("make", [lambda _: False, ListLogger], ids=["none", "own"])
-def test_the_folder_of_the_run_is_that_of_training(make: Any, tmp_path: Path) -> None:
-    SEEN.clear()
-    fit(tmp_path, callback(num_samples=8, at_start=True), module=AsksForFolder(), max_epochs=1, logger=make(tmp_path))
-    assert len(SEEN) > 7
-    assert {str(folder) for folder, _ in SEEN} == {str(SEEN[-1][0])}
-    assert all(logger is SEEN[-1][1] for _, logger in SEEN)
-
-
 class LogsFromThread(pl.Callback):
     """Logs from a thread of its own, as a monitor of devices may."""
 

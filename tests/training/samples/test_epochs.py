@@ -10,23 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
 from lightning_hesd.training.samples.analysis_samples import draw_samples
 from lightning_hesd.training.samples.positions import spread_positions
 from tests.line_count import counted_lines
+from tests.training.broken import raising
 from tests.training.modules import SIZE, Classifier, Digits, callback, fit, freeze, loader, seed
 from tests.training.samples.drawn import positions
-
-# Positions in the epoch -----------------------------------------------------------------------------------------------
 
 
 def shares(chosen: list[int], period: int) -> list[float]:
@@ -54,23 +45,21 @@ def test_positions_cover_the_epoch() -> None:
         assert spread_positions(16, total) == list(range(total))
 
 
-class Lazy(Classifier):
-    """Regularizes in every fourth batch, fourfold."""
+class Regularized(Classifier):
+    """Regularizes in every nth batch, n-fold."""
+
+    every = 1
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        penalty = sum((p**2).sum() for p in self.parameters())
-        return super().training_step(batch, batch_idx) + (0.04 * penalty if batch_idx % 4 == 0 else 0.0)
-
-
-class Steady(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) + 0.01 * sum((p**2).sum() for p in self.parameters())
+        penalty = sum((p**2).sum() for p in self.parameters()) if batch_idx % self.every == 0 else 0.0
+        return super().training_step(batch, batch_idx) + 0.01 * self.every * penalty
 
 
 def test_batch_idx_is_the_position_in_the_epoch(tmp_path: Path) -> None:
     found = []
-    for module in (Lazy(), Steady()):
-        observer = callback(steps=8, num_samples=32, at_start=True, epochs=[])
+    for every in (1, 4):
+        observer, module = callback(steps=8, num_samples=32, at_start=True, epochs=[]), Regularized()
+        module.every = every
         fit(tmp_path, observer, module=module, data=loader(Digits(32), batch_size=4, shuffle=True), max_epochs=1)
         found.append(observer.history[0].spectrum)
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
@@ -84,9 +73,6 @@ def test_positions_are_those_that_training_reaches() -> None:
     assert len(reached) == 4
     distributed = loader(batch_size=1, sampler=DistributedSampler(Digits(), num_replicas=4, rank=1))
     assert {batch.position for batch in draw_samples(distributed, SIZE).batches} == set(range(10))
-
-
-# Samplers of the user's own -------------------------------------------------------------------------------------------
 
 
 class Identities(Sampler[int]):
@@ -122,8 +108,7 @@ class Buckets(Sampler[list[int]]):
 
 def one_bucket_only(items: list[Any]) -> Any:
     if len({item[2] % 4 for item in items}) > 1:
-        msg = "stack expects each tensor to be equal size"
-        raise RuntimeError(msg)
+        raising(RuntimeError("stack expects each tensor to be equal size"))()
     return torch.utils.data.default_collate(items)
 
 
@@ -215,9 +200,8 @@ def test_batches_from_all_over_the_epoch_of_a_sampler() -> None:
     drawn = draw_samples(loader(sampler=sampler, batch_size=4), 16)
     assert len(drawn.indices) == 16
     assert abs(np.mean(drawn.indices) - (SIZE - 1) / 2) < 4
-    assert [batch.data[2].tolist() for batch in drawn.batches] == [
-        list(range(4 * batch.position, 4 * batch.position + 4)) for batch in drawn.batches
-    ]
+    for batch in drawn.batches:
+        assert batch.data[2].tolist() == list(range(4 * batch.position, 4 * batch.position + 4))
     assert sampler.epoch == 0
     early = draw_samples(loader(sampler=sampler, batch_size=4), 1000, max_batches=3)
     assert list(early.indices) == list(range(12)), "training sees no more"
@@ -255,15 +239,13 @@ class Pairs(BatchSampler):
 
 def test_batches_of_all_ranks() -> None:
     """A sampler that Lightning or the user distributes gives one rank a part of the epoch only."""
-    whole = draw_samples(loader(batch_sampler=Pairs(SequentialSampler(range(SIZE)), 8, drop_last=False)), 1000)
+    whole = draw_samples(loader(batch_sampler=Pairs(range(SIZE), 8, drop_last=False)), 1000)
     for rank in (0, 1):
         sampler = DistributedSampler(range(SIZE), num_replicas=2, rank=rank, shuffle=False)
         drawn = draw_samples(loader(batch_sampler=Pairs(sampler, 8, drop_last=False)), 1000)
         assert drawn.indices == whole.indices
         assert [batch.position for batch in drawn.batches] == [n // 2 for n in range(20)]
 
-
-# Work -----------------------------------------------------------------------------------------------------------------
 
 MANY = 100_000
 
@@ -282,9 +264,7 @@ class Paths(Dataset[Any]):
             raise IndexError(position)
         return torch.zeros(2), self.samples[position][1], position
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        msg = "a copy of the data"
-        raise AssertionError(msg)
+    __deepcopy__ = raising(AssertionError("a copy of the data"))
 
 
 class Holder(Sampler[int]):

@@ -78,9 +78,6 @@ class Seen:
         return loss_of(module, batch)
 
 
-# Loaders --------------------------------------------------------------------------------------------------------------
-
-
 class OwnIter(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:
         for x, *rest in super().__iter__():
@@ -187,9 +184,6 @@ def test_to_lightning_a_list_of_batches_is_several_loaders(tmp_path: Path) -> No
         fit(tmp_path, callback(loss_fn=seen, num_samples=128), module=module, data=list(batches(2)), max_epochs=1)
     assert len(module.trained) == 8
     assert seen.batches == module.trained[:2]
-
-
-# When and what --------------------------------------------------------------------------------------------------------
 
 
 def test_batches_are_copied_after_all_hooks(tmp_path: Path) -> None:

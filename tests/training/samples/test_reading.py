@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,14 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from tests.training.modules import (
     SIZE,
-    Classifier,
     Digits,
-    callback,
     digits,
-    fit,
     freeze,
     global_generators,
     loader,
     samples,
 )
 from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, positions
-
-# Workers --------------------------------------------------------------------------------------------------------------
 
 
 class InWorkersOnly(Digits):
@@ -130,9 +124,6 @@ def test_a_failure_here_and_in_workers_is_that_of_this_process() -> None:
         draw_samples(loader(NeedsInfo()), 16)  # training has no workers either
 
 
-# Loaders that iterate in a way of their own ---------------------------------------------------------------------------
-
-
 class Scaled(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:
         for x, *rest in super().__iter__():
@@ -205,17 +196,6 @@ def test_a_loader_with_an_iter_of_its_own_is_not_taken_apart(name: str) -> None:
     else:
         assert data._iterator is running
         running._shutdown_workers()
-
-
-def test_the_loss_analyzed_is_the_one_trained(tmp_path: Path) -> None:
-    observer = callback(num_samples=SIZE)
-    module = Classifier()
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
-    trainer = fit(tmp_path, observer, module=module, data=Scaled(Digits(), batch_size=SIZE), max_epochs=1)
-    assert observer.history[0].spectrum.loss == pytest.approx(float(trainer.callback_metrics["train_loss"]), rel=1e-5)
-
-
-# Samples that collate functions drop ----------------------------------------------------------------------------------
 
 
 def filtering(kept: Callable[[int], bool]) -> Callable[[list[Any]], Any]:
