@@ -71,17 +71,6 @@ class Digits(Dataset[tuple[Tensor, Tensor, int]]):
         return image if self.augment is None else self.augment(image), y[position], position
 
 
-class NoisyDigits(Digits):
-    """Digits with noise from a generator of the dataset's own."""
-
-    def __init__(self, size: int = SIZE) -> None:
-        super().__init__(size, self._add_noise)
-        self.rng = np.random.default_rng(5)
-
-    def _add_noise(self, x: Tensor) -> Tensor:
-        return x + torch.tensor(self.rng.normal(size=64), dtype=torch.float32)
-
-
 NOISES: dict[str, Callable[[Tensor], Tensor]] = {
     "torch": lambda x: x + 0.5 * torch.randn(64),
     "numpy": lambda x: x + torch.tensor(np.random.normal(size=64), dtype=torch.float32),  # noqa: NPY002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
+from lightning_hesd import hessian_spectrum
 from lightning_hesd.spectra.scalars import scalars
+from tests.training import digits_run
 from tests.training.digits_run import Net, fit
 from tests.training.logs import read_csv, read_events
 from tests.training.modules import digits, plain_loss
@@ -25,9 +27,7 @@ def other_data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(images.roll(1, dims=1), classes), batch_size=24)
 
 
-def callback(**arguments: Any) -> HessianSpectrumCallback:
-    defaults = {"steps": 8, "num_samples": 48, "batch_size": 16, "generalization_dataloader": other_data()}
-    return HessianSpectrumCallback(**{**defaults, **arguments})
+callback = functools.partial(digits_run.callback, generalization_dataloader=other_data())
 
 
 class Run(NamedTuple):

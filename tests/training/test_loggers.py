@@ -18,11 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd import HessianCheckpoint, SpectrumHistory
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.broken import raising
-from tests.training.digits_run import Net, fit
+from tests.training.digits_run import Net, callback, fit
 from tests.training.logs import ListLogger, read_csv, read_events
 from tests.training.scripted import keeping, make_spectrum
 
@@ -31,10 +31,6 @@ KEYS = {
     *("negative_count_low", "negative_count_high", "squared_weight_norm", "loss", "seconds", "overhead"),
 }
 EPOCHS = 2
-
-
-def callback(**arguments: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(**{"steps": 8, "num_samples": 48, "batch_size": 16, **arguments})
 
 
 def charts_in(events: Any) -> list[Any]:

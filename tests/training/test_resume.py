@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
-from tests.training.digits_run import Net, data
+from lightning_hesd import HessianCheckpoint, SpectrumHistory
+from tests.training.digits_run import Net, callback, data
 from tests.training.modules import freeze, own_warnings
 from tests.training.scripted import make_trainer
 
@@ -21,7 +21,6 @@ pytestmark = [
 ]
 
 EPOCHS = 4
-OPTIONS: dict[str, Any] = {"steps": 8, "num_samples": 48, "batch_size": 16}
 
 
 def fit(
@@ -31,9 +30,9 @@ def fit(
     torch.manual_seed(0)
     tolerance = options.pop("tolerance", 0.05)
     checkpoint = HessianCheckpoint(train_metric="train_acc", tolerance=tolerance, dirpath=folder, save_last=True)
-    callback = HessianSpectrumCallback(**{**OPTIONS, "checkpoint": checkpoint, **options})
-    make_trainer(folder, [callback], EPOCHS).fit(Net(fail_at), loader or data(), ckpt_path=ckpt_path)
-    return callback, checkpoint
+    observer = callback(checkpoint=checkpoint, **options)
+    make_trainer(folder, [observer], EPOCHS).fit(Net(fail_at), loader or data(), ckpt_path=ckpt_path)
+    return observer, checkpoint
 
 
 def interrupted(folder: Path, fail_at: int = 2, **options: Any) -> Path:
@@ -78,14 +77,14 @@ def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -
         HessianCheckpoint(rule, train_metric="train_acc", tolerance=1.0)  # type: ignore[arg-type]
         for rule in ("highest_c_t", "lowest_max_eigenvalue")
     ]
-    callback = HessianSpectrumCallback(**OPTIONS, checkpoint=rules)
-    trainer = make_trainer(tmp_path, [callback], EPOCHS)
+    observer = callback(checkpoint=rules)
+    trainer = make_trainer(tmp_path, [observer], EPOCHS)
     trainer.fit(Net(), data())
     kept = [(rule.best_model_path, rule.candidates) for rule in rules]
     assert torch.load(min(rules[0].best_k_models), weights_only=True)["epoch"] < EPOCHS - 1
     for path in {"best", *rules[0].best_k_models, *rules[1].best_k_models}:
         trainer.test(dataloaders=data(), ckpt_path=path, verbose=False)
-        assert [r.epoch for r in callback.history] == list(range(EPOCHS))
+        assert [r.epoch for r in observer.history] == list(range(EPOCHS))
         assert [(rule.best_model_path, rule.candidates) for rule in rules] == kept
 
 
@@ -94,12 +93,12 @@ def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
     last = interrupted(tmp_path / "first")
     fewer = DataLoader(Subset(data().dataset, range(80)), batch_size=40)
     with own_warnings() as said:
-        callback, _ = fit(tmp_path / "second", ckpt_path=last, loader=fewer)
-    assert [r.error is None for r in callback.history] == [True] * 2 + [False] * 2
+        observer, _ = fit(tmp_path / "second", ckpt_path=last, loader=fewer)
+    assert [r.error is None for r in observer.history] == [True] * 2 + [False] * 2
     assert all("draw other samples with another `num_samples`" in message for message in said[:3])
     with own_warnings() as said:
-        callback, _ = fit(tmp_path / "third", ckpt_path=last, loader=fewer, num_samples=47)
-    assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48] * 2 + [47] * 2
+        observer, _ = fit(tmp_path / "third", ckpt_path=last, loader=fewer, num_samples=47)
+    assert [r.spectrum and r.spectrum.num_samples for r in observer.history] == [48] * 2 + [47] * 2
     assert len(said) == 1
 
 
@@ -121,7 +120,7 @@ def test_a_damaged_state_says_how_to_go_on(
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=advice):
         fit(tmp_path / "second", ckpt_path=path)
-    callback, _ = fit(tmp_path / "third", ckpt_path=path, **changes)
-    assert [r.error for r in callback.history] == [None] * epochs
-    assert callback.checkpoint.best.epoch >= 2
-    assert Path(callback.checkpoint.best_model_path).is_file()
+    observer, _ = fit(tmp_path / "third", ckpt_path=path, **changes)
+    assert [r.error for r in observer.history] == [None] * epochs
+    assert observer.checkpoint.best.epoch >= 2
+    assert Path(observer.checkpoint.best_model_path).is_file()

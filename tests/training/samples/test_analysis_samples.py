@@ -41,7 +41,6 @@ from tests.training.modules import (
     Classifier,
     DataModule,
     Digits,
-    NoisyDigits,
     SeenByLoss,
     fit,
     freeze,
@@ -267,7 +266,7 @@ class EndlessStream(IterableDataset[Any]):
 
 DEALT: dict[str, Callable[[], Any]] = {
     "augmentation": lambda: loader(Digits(augment=noise_of_all), shuffle=True),
-    "generator_of_the_dataset": lambda: loader(NoisyDigits(), shuffle=True),
+    "generator_of_the_dataset": lambda: loader(LazyDigits(), shuffle=True),
     "stream": lambda: loader(EndlessStream()),
     "weighted": lambda: loader(sampler=WeightedRandomSampler(training_weights(), 40)),
 }
