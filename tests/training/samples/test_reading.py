@@ -13,15 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, default_collate, get_worker_info
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
-from tests.training.modules import (
-    SIZE,
-    Digits,
-    digits,
-    freeze,
-    global_generators,
-    loader,
-    samples,
-)
+from tests.training.modules import SIZE, Digits, digits, freeze, global_generators, loader, samples
 from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, positions
 
 
