@@ -491,7 +491,8 @@ def test_without_room_for_any_file_there_is_no_pick_and_no_training_if_the_callb
 def test_a_mock_of_a_checkpoint_callback_is_no_neighbor(tmp_path: Path) -> None:
     """It has the methods of its class, and none of the attributes that `__init__` sets."""
     observer = callback(on_error="raise", checkpoint="highest_c_t")
-    mock = Mock(spec=ModelCheckpoint, state_key="mock", state_dict=dict)
+    mock = Mock(spec=ModelCheckpoint, state_key="mock")
+    mock.state_dict.return_value = {}
     trainer = fit(tmp_path, observer, mock, enable_checkpointing=True)
     assert trainer.state.finished
     assert Path(observer.checkpoint.best_model_path).is_file()
