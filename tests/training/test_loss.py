@@ -193,9 +193,8 @@ def test_precision(precision: Any, dtype: Any, tmp_path: Path) -> None:
 
     observer = callback(batch_size=16)
     data = loader(Digits(augment=lambda x: 20 * x))  # so large that rounding shows
-    module = fit(
-        tmp_path, observer, module=CreatesTensors(), data=data, precision=precision, max_epochs=1
-    ).lightning_module
+    module = CreatesTensors()
+    fit(tmp_path, observer, module=module, data=data, precision=precision, max_epochs=1)
     assert {p.dtype for p in module.parameters()} == {dtype}
     x, y, _ = samples(observer.state_dict()["samples"]["training"]["indices"])
     with torch.no_grad():

@@ -237,6 +237,7 @@ def test_the_loss_is_that_of_training_without_randomness(
     written_out = dense_hessian(module, [(X, Y)], lambda m, batch: loss(dict(m.named_parameters()), *batch))
     expected = torch.linalg.eigvalsh(written_out)[[0, -1]].tolist()
     assert spectrum.loss == pytest.approx(loss(dict(module.named_parameters()), X, Y).item(), rel=1e-12)
+    # Both are exact up to rounding in float64: there are more steps than parameters.
     assert [spectrum.lambda_min, spectrum.lambda_max] == pytest.approx(expected, abs=1e-9 * expected[-1])
     assert (spectrum.mode, spectrum.verified) == (mode, "yes")
     texts = said(caplog, caught)
@@ -354,7 +355,7 @@ def test_the_choice_is_made_once_and_kept_on_resume(tmp_path: Path, monkeypatch:
     made: list[object] = []
     choose = loss_mode.LossMode._choose
     monkeypatch.setattr(loss_mode.LossMode, "_choose", lambda *args: made.append(1) or choose(*args))
-    first, resumed = (callback(generalization_dataloader=data(), num_samples=SAMPLES, layers="auto") for _ in "ab")
+    first, resumed = (callback(generalization_dataloader=data(), num_samples=SAMPLES, layers="auto") for _ in range(2))
     with pytest.warns(RuntimeWarning, match="is not its training"):
         trainer = fit(tmp_path, first, module=Transformed(), data=data(), max_epochs=2)
     assert len(made) == 1

@@ -77,8 +77,8 @@ def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -
         HessianCheckpoint(rule, train_metric="train_acc", tolerance=1.0)  # type: ignore[arg-type]
         for rule in ("highest_c_t", "lowest_max_eigenvalue")
     ]
-    observer = callback(checkpoint=rules)
-    trainer = make_trainer(tmp_path, [observer], EPOCHS)
+    observer = callback(checkpoint=rules[0])
+    trainer = make_trainer(tmp_path, [observer, rules[1]], EPOCHS)
     trainer.fit(Net(), data())
     kept = [(rule.best_model_path, rule.candidates) for rule in rules]
     assert torch.load(min(rules[0].best_k_models), weights_only=True)["epoch"] < EPOCHS - 1
