@@ -334,16 +334,9 @@ def case_fit() -> None:
     plain, net = Net(0.3), Net(0.3)
     fit(None, net=plain, enable_checkpointing=False)
     generator = STANDIN.get_rng_state()
-    callback = HessianSpectrumCallback(
-        steps=3,
-        dataloader=batches("cpu"),
-        generalization_dataloader=batches("cpu")[:1],
-        layers="net.4",
-        monitor_gradients=True,
-        preconditioner="optimizer",
-        checkpoint="highest_c_t",
-        on_error="raise",
-    )
+    data = {"dataloader": batches("cpu"), "generalization_dataloader": batches("cpu")[:1]}
+    further = {"layers": "net.4", "monitor_gradients": True, "preconditioner": "optimizer"}
+    callback = HessianSpectrumCallback(steps=3, **data, **further, checkpoint="highest_c_t", on_error="raise")
     trainer = fit(callback, net=net)
     assert trainer.strategy.root_device == DEVICE
     assert same(plain, net)
@@ -361,10 +354,8 @@ def case_fit() -> None:
 
 
 def case_resume() -> None:
-    def callback() -> HessianSpectrumCallback:
-        return HessianSpectrumCallback(steps=2, num_samples=20, mode="eval", on_error="raise")
-
-    whole, first, second = callback(), callback(), callback()
+    options: dict[str, Any] = {"steps": 2, "num_samples": 20, "mode": "eval", "on_error": "raise"}
+    whole, first, second = (HessianSpectrumCallback(**options) for _ in range(3))
     fit(whole, epochs=2, enable_checkpointing=False)
     fit(first, enable_checkpointing=False).save_checkpoint("first.ckpt")
     fit(second, epochs=2, ckpt="first.ckpt", enable_checkpointing=False)
@@ -382,8 +373,8 @@ def case_batches_of_training_are_kept() -> None:
     callback = HessianSpectrumCallback(steps=3, num_samples=64, on_error="raise")
     plain, net = Net(), Net()
     first_batches.MAX_DEVICE_BYTES = 2 * X[:16].nbytes  # the others go to the CPU
-    fit(None, net=plain, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
-    fit(callback, net=net, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
+    for observer, trained in ((None, plain), (callback, net)):
+        fit(observer, net=trained, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     assert same(plain, net)
     expected = hessian_spectrum(net.cpu(), loader(), mean_loss, steps=3)
     assert values(callback.history[0].spectrum) == pytest.approx(values(expected), rel=ROUNDING)
@@ -482,15 +473,8 @@ def train_together(folder: Path, size: int) -> list[list[float]]:
         dist.init_process_group("gloo")
         collectives_of_the_device()
         strategy = TogetherWithoutWrapper(process_group_backend="gloo")
-    callback = HessianSpectrumCallback(
-        steps=3,
-        num_samples=40,
-        batch_size=4,
-        sampling_error=True,
-        monitor_gradients=True,
-        checkpoint="highest_c_t",
-        on_error="raise",
-    )
+    options = {"steps": 3, "num_samples": 40, "batch_size": 4, "sampling_error": True, "monitor_gradients": True}
+    callback = HessianSpectrumCallback(**options, checkpoint="highest_c_t", on_error="raise")
     fit(callback, strategy=strategy, devices=size, use_distributed_sampler=False, default_root_dir=folder)
     return [[*values(r.spectrum), r.spectrum.num_samples, r.spectrum.c_t_sampling_error] for r in callback.history]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +26,17 @@ def nan_loss(module: Any, batch: Any) -> Tensor:
     return plain_loss(module, batch) * float("nan")
 
 
-def out_of_luck(module: Any, batch: Any) -> Tensor:
-    msg = "no luck"
-    raise OSError(msg)
+def raising(error: BaseException) -> Callable[..., Any]:
+    """Return a function that raises an error, whatever it is called with."""
+
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+out_of_luck, out_of_memory = raising(OSError("no luck")), raising(MemoryError("no memory here"))
 
 
 class Broken(Digits):
-    def __getitem__(self, position: int) -> Any:
-        msg = "unreadable file"
-        raise OSError(msg)
+    __getitem__ = raising(OSError("unreadable file"))

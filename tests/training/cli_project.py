@@ -68,17 +68,14 @@ class Loss:
 
 
 def weight(batch: Any) -> float:
-    """How much a batch counts."""
     return float(len(batch[0]))
 
 
 def without_biases(name: str, parameter: nn.Parameter) -> bool:
-    """What to analyze."""
     return parameter.ndim > 1
 
 
 def negated_loss(record: Any) -> float:
-    """A rule."""
     return -record.spectrum.loss
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -53,33 +54,25 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-class Gradients(pl.Callback):
+class Gradients:
     """Remembers the gradients before the analyses, and looks whether they are there after it."""
 
     def __init__(self) -> None:
         self.before: list[torch.Tensor | None] = []
         self.same: list[bool] = []
 
-    def remember(self, module: pl.LightningModule) -> None:
+    def remember(self, _trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         self.before = [p.grad for p in module.parameters()]
         self.values = [g if g is None else g.clone() for g in self.before]
 
-    def compare(self, module: pl.LightningModule) -> None:
+    def compare(self, _trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         for p, grad, values in zip(module.parameters(), self.before, self.values, strict=True):
             self.same.append(p.grad is grad and (grad is None or torch.equal(grad, values)))
 
-
-class Before(pl.Callback):
-    def __init__(self, gradients: Gradients) -> None:
-        self.gradients = gradients
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.gradients.remember(pl_module)
-
-
-class After(Before):
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.gradients.compare(pl_module)
+    def around(self, callbacks: list[Any]) -> list[pl.Callback]:
+        """Return the callbacks between one that remembers and one that compares."""
+        before, after = (LambdaCallback(on_train_batch_end=look) for look in (self.remember, self.compare))
+        return [before, *callbacks, after]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -110,7 +103,7 @@ def train(out: Path, name: str, *, analyzed: bool) -> dict[str, Any]:
         out / f"{name}-{analyzed}",
         max_epochs=1,
         enable_checkpointing=False,
-        callbacks=[Before(gradients), *ours, After(gradients)] if analyzed else [],
+        callbacks=gradients.around(ours) if analyzed else [],
         ddp=option.get("ddp", {}),
         **option.get("trainer", {}),
     )
@@ -122,8 +115,7 @@ def train(out: Path, name: str, *, analyzed: bool) -> dict[str, Any]:
         "tensors": [*net.state_dict().values(), *momenta, torch.get_rng_state()],
         "gradients": gradients,
         "records": {
-            callback.name: [{"c_t": r.spectrum and r.spectrum.c_t, "error": r.error} for r in callback.history]
-            for callback in ours
+            each.name: [{"c_t": r.spectrum and r.spectrum.c_t, "error": r.error} for r in each.history] for each in ours
         },
         "views": [p.grad is not None and p.grad._base is not None for p in net.parameters()],
     }
@@ -235,14 +227,9 @@ def budgeted(out: Path, costs: list[float], ckpt: Path | None, pause: int | None
                 (out / f"paused{RANK}").touch()
                 time.sleep(600)
 
-    callback = HessianSpectrumCallback(
-        steps=4,
-        num_samples=30,
-        batch_size=10,
-        max_overhead=0.4,
-        loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),  # `training_step` takes a second
-        progress=False,
-    )
+    options = {"steps": 4, "num_samples": 30, "batch_size": 10, "max_overhead": 0.4, "progress": False}
+    # By a function, as `training_step` takes a second.
+    callback = HessianSpectrumCallback(loss_fn=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), **options)
     last = pl.callbacks.ModelCheckpoint(out, save_last=True, save_on_train_epoch_end=True)
     trainer = make_trainer(out, max_epochs=8, callbacks=[callback, last, Pause()])
     net = Net()

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SharpnessMonitor
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.training.history import SpectrumRecord
+from tests.training.broken import out_of_luck, out_of_memory
+from tests.training.modules import QUIET
 
 torch.set_num_threads(1)
 
@@ -45,8 +48,7 @@ class Blobs(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
         if self.fail_in is not None and torch.distributed.get_rank() == self.fail_in:
-            msg = f"cannot read sample {position}"
-            raise OSError(msg)
+            out_of_luck()
         return self.x[position], int(self.classes[position])
 
 
@@ -96,12 +98,12 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
+@dataclass
 class OwnClock:
     """A clock of this process alone: a training step takes a second, an analysis `cost` seconds."""
 
-    def __init__(self, cost: float) -> None:
-        self.now = 0.0
-        self.cost = cost
+    cost: float
+    now: float = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -154,20 +156,13 @@ def main() -> None:
 
     def loss_fn(module: Net, batch: Any) -> torch.Tensor:
         if options.fail == "loss" and torch.distributed.get_rank() == options.fail_in:
-            msg = "no memory here"
-            raise MemoryError(msg)
+            out_of_memory()
         return F.cross_entropy(module.net(batch[0].double()), batch[1])
 
     data = Blobs(options.fail_in if options.fail == "data" else None)
     # Two batches, so that the third process has none; the second callback has random dropout masks.
-    shared: dict[str, Any] = {
-        "steps": 4,
-        "num_samples": 50,
-        "batch_size": 25,
-        "loss_fn": loss_fn,
-        "dataloader": DataLoader(data, batch_size=10),
-        "max_overhead": options.max_overhead,
-    }
+    samples = {"num_samples": 50, "batch_size": 25, "loss_fn": loss_fn, "dataloader": DataLoader(data, batch_size=10)}
+    shared: dict[str, Any] = {**samples, "steps": 4, "max_overhead": options.max_overhead}
     checkpoint = HessianCheckpoint(tolerance=0.2, save_last=True)
     callbacks = [
         HessianSpectrumCallback(**shared, checkpoint=checkpoint, loss_along_eigenvectors=True),
@@ -183,22 +178,16 @@ def main() -> None:
             HessianSpectrumCallback(**once, strategy="finite_difference", name="differences"),
             HessianSpectrumCallback(**{**once, **own}),
         ]
-    monitors = []
-    if options.engine:
-        samples = {key: shared[key] for key in ("num_samples", "batch_size", "loss_fn", "dataloader")}
-        monitors = [SharpnessMonitor(1, on_error="raise", **samples)]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy=DDPStrategy(process_group_backend="gloo") if WORLD_SIZE > 1 else "auto",
-        max_epochs=options.epochs,
-        default_root_dir=options.out,
-        logger=CSVLogger(options.out),
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*callbacks, *monitors],
-    )
+    monitors = [SharpnessMonitor(1, on_error="raise", **samples)] if options.engine else []
+    settings = {
+        **QUIET,
+        "logger": CSVLogger(options.out),
+        "log_every_n_steps": 1,
+        "devices": WORLD_SIZE,
+        "strategy": DDPStrategy(process_group_backend="gloo") if WORLD_SIZE > 1 else "auto",
+        "default_root_dir": options.out,
+    }
+    trainer = pl.Trainer(max_epochs=options.epochs, callbacks=[*callbacks, *monitors], **settings)
     module = Net()
     if options.costs:
         for callback in callbacks:

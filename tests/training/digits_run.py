@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_hesd import HessianSpectrumCallback
 from tests.training.modules import digits
 from tests.training.scripted import make_trainer
 
@@ -43,6 +44,11 @@ def data(first: int = 0) -> DataLoader[Any]:
     """Return 160 digits from the given one on."""
     # In order: Lightning does not restore the random state that shuffling depends on.
     return DataLoader(TensorDataset(*(part[first : first + 160] for part in digits())), batch_size=40)
+
+
+def callback(**options: Any) -> HessianSpectrumCallback:
+    """Return a callback with short analyses."""
+    return HessianSpectrumCallback(**{"steps": 8, "num_samples": 48, "batch_size": 16, **options})
 
 
 def fit(

@@ -36,6 +36,5 @@ class ListLogger(DummyLogger):
 
 def rows(path: Path) -> list[dict[str, str]]:
     """Read the CSV logger's rows, without the callback's columns and the rows that hold nothing else."""
-    with path.open(newline="", encoding="utf-8") as file:
-        read = [{k: v for k, v in row.items() if not k.startswith("hesd") and v != ""} for row in csv.DictReader(file)]
+    read = [{k: v for k, v in row.items() if not k.startswith("hesd") and v != ""} for row in read_csv(path)]
     return [row for row in read if set(row) - {"epoch", "step"}]

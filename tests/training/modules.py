@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 import random
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -70,33 +71,12 @@ class Digits(Dataset[tuple[Tensor, Tensor, int]]):
         return image if self.augment is None else self.augment(image), y[position], position
 
 
-class NoisyDigits(Digits):
-    """Digits with noise from a generator of the dataset's own."""
-
-    def __init__(self, size: int = SIZE) -> None:
-        super().__init__(size, self._add_noise)
-        self.rng = np.random.default_rng(5)
-
-    def _add_noise(self, x: Tensor) -> Tensor:
-        return x + torch.tensor(self.rng.normal(size=64), dtype=torch.float32)
-
-
-def noise_of_torch(x: Tensor) -> Tensor:
-    """Augment from the global generator of PyTorch."""
-    return x + 0.5 * torch.randn(64)
-
-
-def noise_of_numpy(x: Tensor) -> Tensor:
-    """Augment from the global generator of NumPy."""
-    return x + torch.tensor(np.random.normal(size=64), dtype=torch.float32)  # noqa: NPY002
-
-
-def noise_of_python(x: Tensor) -> Tensor:
-    """Augment from the global generator of Python."""
-    return x * random.random()
-
-
-NOISES = {"torch": noise_of_torch, "numpy": noise_of_numpy, "python": noise_of_python}
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch": lambda x: x + 0.5 * torch.randn(64),
+    "numpy": lambda x: x + torch.tensor(np.random.normal(size=64), dtype=torch.float32),  # noqa: NPY002
+    "python": lambda x: x * random.random(),
+}
+"""Augmentations, from the global generator of each library."""
 
 
 def noise_of_all(x: Tensor) -> Tensor:
@@ -138,6 +118,16 @@ def plain_loss(module: pl.LightningModule, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
+class Validated(Classifier):
+    """Logs the loss on validation data."""
+
+    def val_dataloader(self) -> Any:
+        return loader(Digits(16))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", plain_loss(self, batch), batch_size=len(batch[1]))
+
+
 class DataModule(pl.LightningDataModule):
     """A datamodule around a function that makes the training dataloader."""
 
@@ -159,6 +149,17 @@ class Recorder(pl.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self.batches.append([part.clone() if isinstance(part, Tensor) else part for part in batch])
         self.modes.append([module.training for module in pl_module.modules()])
+
+
+class Copies(pl.Callback):
+    """Keeps a copy of the network after every step."""
+
+    def __init__(self) -> None:
+        self.networks: dict[int, Classifier] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.networks[trainer.global_step] = Classifier()
+        self.networks[trainer.global_step].load_state_dict(pl_module.state_dict())
 
 
 class SeenByLoss:
@@ -225,6 +226,11 @@ def own_warnings() -> Iterator[list[str]]:
         warnings.filterwarnings("always", "lightning_hesd: ")
         yield said
     said += [str(w.message) for w in caught]
+
+
+def pickled(original: Any) -> Any:
+    """Return a copy that has been pickled."""
+    return pickle.loads(pickle.dumps(original))  # noqa: S301 - its own
 
 
 def freeze(value: Any) -> Any:

@@ -25,11 +25,11 @@ def loader() -> DataLoader[Any]:
 class Steps:
     """What the modules have in common."""
 
-    net: nn.Module
     log: Any
     parameters: Any
 
-    def build(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10))
 
@@ -47,24 +47,8 @@ class Steps:
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-class Net(Steps, pl.LightningModule):
-    """Of `lightning.pytorch`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.build()
-
-
-class OtherNet(Steps, pytorch_lightning.LightningModule):
-    """Of `pytorch_lightning`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.build()
-
-
-class Data(pl.LightningDataModule):
-    """Of `lightning.pytorch`."""
+class Loaders:
+    """What the data modules have in common."""
 
     def train_dataloader(self) -> Any:
         return loader()
@@ -72,13 +56,16 @@ class Data(pl.LightningDataModule):
     val_dataloader = train_dataloader
 
 
-class OtherData(pytorch_lightning.LightningDataModule):
-    """Of `pytorch_lightning`."""
+class Net(Steps, pl.LightningModule): ...
 
-    def train_dataloader(self) -> Any:
-        return loader()
 
-    val_dataloader = train_dataloader
+class OtherNet(Steps, pytorch_lightning.LightningModule): ...
+
+
+class Data(Loaders, pl.LightningDataModule): ...
+
+
+class OtherData(Loaders, pytorch_lightning.LightningDataModule): ...
 
 
 NETS: dict[str, type[Any]] = {"lightning.pytorch": Net, "pytorch_lightning": OtherNet}

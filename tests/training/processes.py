@@ -43,21 +43,14 @@ class Rank:
 
 @contextmanager
 def started(script: Path, folder: Path, count: int, *arguments: object) -> Iterator[list[Rank]]:
-    """Run a script with that many processes, which write to a folder, and leave none of them behind.
-
-    Yields:
-        The processes, by rank.
-    """
+    """Run a script with that many processes, by rank, which write to a folder, and leave none of them behind."""
     folder.mkdir(parents=True, exist_ok=True)
     # The store by which ranks find each other is here, as with torchrun: a port that the first rank would open later
     # might be taken by then, by a rank of another launch for example.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
-    shared |= {
-        "TORCHELASTIC_RUN_ID": "tests",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
+    launch = {"RUN_ID": "tests", "USE_AGENT_STORE": "True", "RESTART_COUNT": "0"}
+    shared |= {f"TORCHELASTIC_{name}": value for name, value in launch.items()}
     flags = [*map(str, arguments), "--out", str(folder)]
     ranks = []
     for number in range(count):
@@ -75,21 +68,13 @@ def started(script: Path, folder: Path, count: int, *arguments: object) -> Itera
 
 
 def run(script: Path, folder: Path, count: int, *arguments: object) -> list[Any]:
-    """Run a script on that many ranks; it must succeed, and hang nowhere.
-
-    Returns:
-        What each rank saw.
-    """
+    """Run a script on that many ranks, and return what each saw; it must succeed, and hang nowhere."""
     (found,) = run_together((script, folder, count, *arguments))
     return found
 
 
 def run_together(*launches: tuple[Any, ...]) -> list[list[Any]]:
-    """Do the same with several scripts at the same time, as ranks mostly wait for each other.
-
-    Args:
-        launches: The arguments of `run` for each.
-    """
+    """Do the same with several scripts at the same time, as ranks mostly wait for each other."""
     with ExitStack() as stack:
         for ranks in [stack.enter_context(started(*launch)) for launch in launches]:
             for rank in ranks:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hesd import Spectrum
+from lightning_hesd import HessianCheckpoint, Spectrum
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from lightning_hesd.training.source import SpectrumSource
 from tests.training.modules import QUIET
@@ -147,9 +147,17 @@ def earliest(record: Any) -> float:
     return -float(record.epoch)
 
 
+def keeping(rule: Any = earliest, **arguments: Any) -> HessianCheckpoint:
+    """A rule by which every state stays a candidate, and the earliest one is the pick."""
+    return HessianCheckpoint(rule, **{"require_mp": False, "tolerance": 99.0, **arguments})
+
+
+def history(*records: SpectrumRecord) -> SpectrumHistory:
+    found = SpectrumHistory()
+    found.extend(records)
+    return found
+
+
 def example() -> SpectrumHistory:
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(-1, 0, make_spectrum(-0.9)))
-    history.append(SpectrumRecord(0, 10, None, "RuntimeError: no luck"))
-    history.append(SpectrumRecord(1, 20, make_spectrum(-0.2)))
-    return history
+    failed = SpectrumRecord(0, 10, None, "RuntimeError: no luck")
+    return history(SpectrumRecord(-1, 0, make_spectrum(-0.9)), failed, SpectrumRecord(1, 20, make_spectrum(-0.2)))

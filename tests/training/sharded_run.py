@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training import cost_notice
+from tests.training.broken import out_of_memory
 from tests.training.ddp_run import Blobs, describe
+from tests.training.modules import QUIET, own_warnings
 
 torch.set_num_threads(1)
 
@@ -52,9 +53,8 @@ class Net(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.how == "layers split":
-            parallelize_module(
-                self.net[0], self.device_mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate())
-            )
+            columns = ColwiseParallel(output_layouts=Replicate())
+            parallelize_module(self.net[0], self.device_mesh["tensor_parallel"], columns)
         if self.how != "whole" and not any(isinstance(p, DTensor) for p in self.parameters()):
             mesh = self.device_mesh["data_parallel"]
             for layer in (self.net[0], self.net[3], self.net):
@@ -86,31 +86,22 @@ class Program:
     ) -> pl.Trainer:
         """Train, and note what came out."""
         split = WORLD_SIZE if how == "layers split" else 1
-        epochs = options.pop("max_epochs", EPOCHS)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=WORLD_SIZE,
-            strategy="auto"
-            if how == "whole"
-            else ModelParallelStrategy(
-                data_parallel_size=WORLD_SIZE // split, tensor_parallel_size=split, process_group_backend="gloo"
-            ),
-            max_epochs=epochs,
-            default_root_dir=self.out / name,
-            logger=CSVLogger(self.out / name),
-            log_every_n_steps=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-        )
+        sizes = {"data_parallel_size": WORLD_SIZE // split, "tensor_parallel_size": split}
+        epochs, folder = options.pop("max_epochs", EPOCHS), self.out / name
+        settings = {
+            **QUIET,
+            "logger": CSVLogger(folder),
+            "log_every_n_steps": 1,
+            "devices": WORLD_SIZE,
+            "strategy": "auto" if how == "whole" else ModelParallelStrategy(**sizes, process_group_backend="gloo"),
+        }
+        trainer = pl.Trainer(max_epochs=epochs, default_root_dir=folder, callbacks=list(callbacks), **settings)
         module = Net(how)
-        said: list[str] = []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with own_warnings() as caught:
             batches = DataLoader(Blobs(None), batch_size=96 // (2 * trainer.world_size))
             trainer.fit(module, batches, DataLoader(Blobs(None), batch_size=96), **options)
-        said = [str(w.message) for w in caught if str(w.message).startswith("lightning_hesd: ")]
-        path = self.out / name / f"weights{trainer.global_rank}.pt"
+        said = [text for text in caught if text.startswith("lightning_hesd: ")]
+        path = folder / f"weights{trainer.global_rank}.pt"
         torch.save([p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()], path)
         self.results[name] = {
             "records": {c.name: [describe(record) for record in c.history] for c in callbacks},
@@ -135,19 +126,12 @@ def main() -> None:
     def failing(module: Net, batch: Any) -> torch.Tensor:
         hidden = module.net[0](batch[0].double())
         if torch.distributed.get_rank() == 1:
-            msg = "no memory here"
-            raise MemoryError(msg)
+            out_of_memory()
         return F.cross_entropy(module.net[1:](hidden), batch[1])
 
     def callback(**changes: Any) -> HessianSpectrumCallback:
-        shared: dict[str, Any] = {
-            "steps": 3,
-            "num_samples": 50,
-            "batch_size": 20,
-            "loss_fn": loss_fn,
-            "dataloader": DataLoader(Blobs(None), batch_size=10),
-        }
-        return HessianSpectrumCallback(**{**shared, **changes})
+        samples = {"num_samples": 50, "batch_size": 20, "dataloader": DataLoader(Blobs(None), batch_size=10)}
+        return HessianSpectrumCallback(**{"steps": 3, "loss_fn": loss_fn, **samples, **changes})
 
     def callbacks() -> list[HessianSpectrumCallback]:
         # Three batches of 20, 20 and 10: of two processes one has two of them. Of the two batches of the second

@@ -30,6 +30,7 @@ from lightning_hesd.numerics.distributed.fully_sharded import FullySharded
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from tests.meter import CountingMeter
+from tests.training.broken import out_of_memory
 
 Batch = tuple[Tensor, Tensor]
 
@@ -163,8 +164,7 @@ class Process:
         def broken(module: Any, batch: Batch) -> Tensor:
             hidden = module.first(batch[0])
             if is_last:
-                msg = "no memory here"
-                raise MemoryError(msg)
+                out_of_memory()
             try:
                 hidden = module.block(hidden)
             except RuntimeError:  # also that of the other process
@@ -232,19 +232,11 @@ class Process:
 
 
 def describe(spectrum: Spectrum) -> dict[str, Any]:
+    names = ("c_t", "lambda_max", "lambda_min", "loss", "rounding", "steps", "strategy", "num_samples", "dimension")
     return {
-        "c_t": spectrum.c_t,
-        "lambda_max": spectrum.lambda_max,
-        "lambda_min": spectrum.lambda_min,
-        "trace": spectrum.trace,
+        **{name: getattr(spectrum, name) for name in names},
         "layers": {name: [layer.trace, layer.lambda_max_weight] for name, layer in spectrum.by_layer.items()},
-        "loss": spectrum.loss,
         "losses along": spectrum.losses_along[:, 1].ravel().tolist(),
-        "rounding": spectrum.rounding,
-        "steps": spectrum.steps,
-        "strategy": spectrum.strategy,
-        "samples": spectrum.num_samples,
-        "dimension": spectrum.dimension,
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from tests.training import modules
+from tests.training.modules import own_warnings, pickled
 from tests.training.scripted import make_trainer
 
 FEATURES = 4096
@@ -58,12 +60,11 @@ def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, logge
     make_trainer(folder, list(callbacks), 2, logger=logger, log_every_n_steps=1).fit(module, loader())
 
 
-def callback(**options: Any) -> Any:
-    return HessianSpectrumCallback(**{"checkpoint": "highest_c_t", "steps": 3, "on_error": "raise", **options})
+callback = functools.partial(modules.callback, checkpoint="highest_c_t", num_samples=512)
 
 
-def pickled(original: Any) -> Any:
-    return pickle.loads(pickle.dumps(original))  # noqa: S301 - its own
+def largest(observer: HessianSpectrumCallback) -> list[Any]:
+    return [record.spectrum and record.spectrum.lambda_max for record in observer.history]
 
 
 def test_checkpoints_with_the_callback_in_their_hyperparameters_stay_small(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_checkpoints_with_the_callback_in_their_hyperparameters_stay_small(tmp_p
     assert kept.options.steps == 3
 
     copied = pickled(hesd)
-    assert [r.spectrum.lambda_max for r in copied.history] == [r.spectrum.lambda_max for r in hesd.history]
+    assert largest(copied) == largest(hesd)
     for name in ("best_model_path", "rule_name", "state_key"):
         assert getattr(copied.checkpoint, name) == getattr(rule, name)
     assert copied.checkpoint.source is copied
@@ -93,7 +94,7 @@ def test_a_pickled_copy_trains_as_the_original(tmp_path: Path) -> None:
     for each in (hesd, copied):
         pl.seed_everything(0, verbose=False)
         fit(tmp_path / str(id(each)), Keeper(), each)
-    assert [r.spectrum.lambda_max for r in copied.history] == [r.spectrum.lambda_max for r in hesd.history]
+    assert largest(copied) == largest(hesd)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,7 @@ def test_a_pickled_copy_says_what_it_lacks(tmp_path: Path, name: str, options: A
     hesd = callback(checkpoint=None, on_error="warn", **options)
     assert len(pickle.dumps(hesd)) < SMALL
     copied = pickled(hesd)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about each failed analysis
+    with own_warnings():
         fit(tmp_path, Keeper(), copied)
     assert [record.spectrum for record in copied.history] == [None, None]
     assert f"`{name}` is missing in this pickled copy" in copied.history[0].error

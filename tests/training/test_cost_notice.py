@@ -28,16 +28,13 @@ def warned_as_usual(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
 
 
 def informed(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [message for record in caplog.records if "an analysis takes" in (message := record.getMessage())]
+    return [message for message in caplog.messages if "an analysis takes" in message]
 
 
-def words(**schedule: Any) -> str:
+def words(found: Any = None, *, generalization: Any = None, **schedule: Any) -> str:
     """What is said of an analysis of 6 s after 2 s of training."""
-    record = SpectrumRecord(0, 10, spectrum(None))
+    record = SpectrumRecord(0, 10, found or spectrum(None), generalization=generalization)
     return cost_notice.cost_words(record, Schedule(**schedule), 6.0, 2.0)[0]
-
-
-# When ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,23 +67,21 @@ def test_more_than_twice_the_training_time_is_a_warning_instead(
     assert informed(caplog) == []
 
 
-@pytest.mark.parametrize("verbose", [False, True])
-def test_without_progress_it_is_said_with_verbose_only(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, verbose: bool
+@pytest.mark.parametrize(
+    ("options", "trial", "count"),
+    [({"progress": False}, False, 0), ({"progress": False, "verbose": True}, False, 1), ({}, True, 0)],
+)
+def test_it_is_not_said_in_a_trial_run_and_without_progress_with_verbose_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], trial: bool, count: int
 ) -> None:
-    fit(tmp_path, make_callback(Clock(), 5, progress=False, verbose=verbose), epochs=2)
-    assert len(informed(caplog)) == verbose
+    fit(tmp_path, make_callback(Clock(), 5, **options), epochs=2, fast_dev_run=trial)
+    assert len(informed(caplog)) == count
 
 
 def test_a_limit_keeps_the_warning_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit(tmp_path, make_callback(Clock(), 400, max_overhead=0.1), epochs=2)
     [said] = informed(caplog)
     assert said.endswith("20 s: `max_overhead=0.1` leaves out analyses beyond 0.1× the training time.")
-
-
-def test_a_trial_run_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fit(tmp_path, make_callback(Clock(), 500), fast_dev_run=True)
-    assert informed(caplog) == []
 
 
 @pytest.mark.parametrize(("stop_after", "expected"), [(1, 1), (3, 0)])
@@ -99,9 +94,6 @@ def test_a_resumed_run_says_it_if_nothing_was_analyzed_before(
     caplog.clear()
     fit(tmp_path, make_callback(Clock(), 5, every_n_epochs=2), epochs=6, ckpt_path=tmp_path / "last.ckpt")
     assert [f"{WORDS} 0.12×" in said for said in informed(caplog)] == [True] * expected
-
-
-# What ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_options_have_numbers() -> None:
@@ -134,12 +126,9 @@ def test_options_that_do_not_help_are_not_named() -> None:
     """Few samples, a tolerance already, a second spectrum that needs fixed steps, and analyses that are cheap."""
     assert "num_samples=" not in words()
     plain = make_spectrum(-0.1)
-    many = SpectrumRecord(0, 10, replace(plain, num_samples=512))
-    assert "`num_samples=128` (0.75×)" in cost_notice.cost_words(many, Schedule(), 6.0, 2.0)[0]
-    with_tolerance = SpectrumRecord(0, 10, spectrum(0.3))
-    assert "tolerance" not in cost_notice.cost_words(with_tolerance, Schedule(), 6.0, 2.0)[0]
-    two = SpectrumRecord(0, 10, spectrum(None), generalization=plain)
-    assert "tolerance" not in cost_notice.cost_words(two, Schedule(), 6.0, 2.0)[0]
+    assert "`num_samples=128` (0.75×)" in words(replace(plain, num_samples=512))
+    assert "tolerance" not in words(spectrum(0.3))
+    assert "tolerance" not in words(generalization=plain)
     cheap, overhead = cost_notice.cost_words(SpectrumRecord(0, 10, plain), Schedule(), 0.5, 10.0)
     assert (cheap.endswith(f"{WORDS} 0.05× the training time."), overhead) == (True, 0.05)
 

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
 from lightning_hesd import SpectrumHistory
 from lightning_hesd.training.loggers.output import figures
 from tests.oracles import dense_hessian
-from tests.training.modules import Classifier, callback, fit, plain_loss, samples
+from tests.training.modules import Copies, callback, fit, plain_loss, samples
 
 COUNT = 3
 BATCH = samples(range(32))
-
-
-class Copies(pl.Callback):
-    """Keeps a copy of the network at the end of each epoch."""
-
-    def __init__(self) -> None:
-        self.networks: list[Classifier] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.networks.append(copy.deepcopy(pl_module))  # type: ignore[arg-type]
 
 
 def tracking(**options: Any) -> Any:
@@ -38,7 +26,8 @@ def tracking(**options: Any) -> Any:
 def test_overlap_is_that_of_dense_eigenvectors(tmp_path: Path) -> None:
     spectra, copies = tracking(), Copies()
     trainer = fit(tmp_path, spectra, copies, max_epochs=3)
-    hessians = [dense_hessian(network, [BATCH], plain_loss) for network in copies.networks]
+    networks = [copies.networks[record.global_step] for record in spectra.history]
+    hessians = [dense_hessian(network, [BATCH], plain_loss) for network in networks]
     leading = [torch.linalg.eigh(hessian).eigenvectors[:, -COUNT:] for hessian in hessians]
     expected = [float((a.T @ b).square().sum()) / COUNT for a, b in itertools.pairwise(leading)]
     found = [record.spectrum.subspace_overlap for record in spectra.history]
@@ -49,10 +38,8 @@ def test_overlap_is_that_of_dense_eigenvectors(tmp_path: Path) -> None:
 
 
 def test_the_loss_along_the_extreme_eigenvectors(tmp_path: Path) -> None:
-    plain, along = (
-        callback(num_samples=32, steps=8, generalization_dataloader=[samples(range(32, 64))], **options)
-        for options in ({}, {"loss_along_eigenvectors": True})
-    )
+    shared = {"num_samples": 32, "steps": 8, "generalization_dataloader": [samples(range(32, 64))]}
+    plain, along = callback(**shared), callback(**shared, loss_along_eigenvectors=True)
     runs = [fit(tmp_path / name, used, max_epochs=1) for name, used in (("plain", plain), ("along", along))]
     weights = [trainer.lightning_module.state_dict().values() for trainer in runs]
     assert all(map(torch.equal, *weights))
@@ -61,9 +48,8 @@ def test_the_loss_along_the_extreme_eigenvectors(tmp_path: Path) -> None:
         for spectrum in (record.spectrum, record.generalization):
             assert spectrum.losses_along.shape == (2, 2, 21)
             assert spectrum.losses_along[:, 1, 10] == pytest.approx(spectrum.loss, rel=1e-6)
-            for (distances, losses), value in zip(
-                spectrum.losses_along, (spectrum.lambda_min, spectrum.lambda_max), strict=True
-            ):
+            extremes = (spectrum.lambda_min, spectrum.lambda_max)
+            for (distances, losses), value in zip(spectrum.losses_along, extremes, strict=True):
                 second = (losses[11] - 2 * losses[10] + losses[9]) / distances[11] ** 2
                 assert second == pytest.approx(value, rel=0.3, abs=1e-3)
     loaded = SpectrumHistory.load(runs[1].log_dir)

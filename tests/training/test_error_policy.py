@@ -41,11 +41,6 @@ def test_a_guard_overrules_the_policy(policy: Any, guard: Any) -> None:
         assert fail(ErrorPolicy(policy), OSError("full"), on_error=guard) == "OSError: full"
 
 
-def test_an_interruption_is_no_failure() -> None:
-    with pytest.raises(KeyboardInterrupt), ErrorPolicy("warn").guard("no plot"):
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("kind", FAULTS_OF_THE_LOSS)
 def test_a_fault_of_the_loss_is_warned_of_once_in_a_run(kind: type[Exception]) -> None:
     policy = ErrorPolicy("warn")

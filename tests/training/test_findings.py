@@ -29,19 +29,16 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     short_run, cost = callback.findings
     assert (short_run.key, cost.key) == ("short_run", "cost")
-    assert re.fullmatch(
-        r"C_t may be above or below -0\.6 in \d of 2 analyses, at epoch \d \[.*, .*\]\.", short_run.evidence
-    )
+    evidence = r"C_t may be above or below -0\.6 in \d of 2 analyses, at epoch \d \[.*, .*\]\."
+    assert re.fullmatch(evidence, short_run.evidence)
     assert short_run.action == "Set `steps=4`, or `tolerance='type'`."
     assert callback.history.findings == [short_run]
     assert SpectrumHistory.load(tmp_path / "run").findings == [short_run]
 
     said = capsys.readouterr().out.splitlines()
     begin = said.index("findings, the most important first:")
-    assert said[begin + 1 : begin + 5] == [
-        *(f"- {short_run.evidence}", f"  certain; next: {short_run.action}"),
-        *(f"- {cost.evidence}", f"  certain; next: {cost.action}"),
-    ]
+    lines = [[f"- {each.evidence}", f"  certain; next: {each.action}"] for each in callback.findings]
+    assert said[begin + 1 : begin + 5] == [*lines[0], *lines[1]]
 
     # Each payload has the findings as of then, in the tab and in the report.
     _, data = Tab(tmp_path).get("records", run="run", name="hesd")

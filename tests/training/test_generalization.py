@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
-from dataclasses import dataclass
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,12 +14,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
-from lightning_hesd.spectra.assessment import CAVEAT, SHORT_CAVEAT, TITLE
+from lightning_hesd import hessian_spectrum
 from lightning_hesd.spectra.scalars import scalars
+from tests.training import digits_run
 from tests.training.digits_run import Net, fit
-from tests.training.logs import read_events
-from tests.training.modules import digits
+from tests.training.logs import read_csv, read_events
+from tests.training.modules import digits, plain_loss
 
 
 def other_data() -> DataLoader[Any]:
@@ -30,39 +27,27 @@ def other_data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(images.roll(1, dims=1), classes), batch_size=24)
 
 
-def callback(**arguments: Any) -> HessianSpectrumCallback:
-    defaults = {"steps": 8, "num_samples": 48, "batch_size": 16, "generalization_dataloader": other_data()}
-    return HessianSpectrumCallback(**{**defaults, **arguments})
+callback = functools.partial(digits_run.callback, generalization_dataloader=other_data())
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """A training with generalization data."""
 
     history: Any
     trainer: Any
-    printed: list[str]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
-    spectra = callback(probes=2, verbose=True)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        trainer = fit(folder, spectra, logger=[TensorBoardLogger(folder), CSVLogger(folder)])
-    return Run(spectra.history, trainer, out.getvalue().splitlines())
+    spectra = callback(probes=2)
+    return Run(spectra.history, fit(folder, spectra, logger=[TensorBoardLogger(folder), CSVLogger(folder)]))
 
 
 def test_the_other_spectrum_is_that_of_the_other_data_with_the_same_probes(run: Run) -> None:
     ours = run.history[-1].generalization
-    images, classes = other_data().dataset.tensors  # type: ignore[attr-defined]
-    theirs = hessian_spectrum(
-        run.trainer.lightning_module.net,
-        [(images, classes)],
-        lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),
-        steps=8,
-        probes=2,
-    )
+    batches = [other_data().dataset.tensors]  # type: ignore[attr-defined]
+    theirs = hessian_spectrum(run.trainer.lightning_module.net, batches, plain_loss, steps=8, probes=2)
     assert ours.num_samples == 48
     assert ours.c_t == pytest.approx(theirs.c_t, rel=1e-4)
     np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-3, atol=1e-6)
@@ -98,8 +83,8 @@ def test_validation_data_by_name(validation: dict[str, Any], run: Run, tmp_path:
     random_state = torch.get_rng_state()
     for ours, theirs in zip(by_name.history, run.history, strict=True):
         np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)
-    without = fit(tmp_path / "without", net=Validated, **validation).lightning_module.state_dict()
-    assert all(torch.equal(trainer.lightning_module.state_dict()[key], without[key]) for key in without)
+    without = fit(tmp_path / "without", net=Validated, **validation)
+    assert all(map(torch.equal, trainer.lightning_module.parameters(), without.lightning_module.parameters()))
     assert torch.equal(random_state, torch.get_rng_state())
 
 
@@ -126,8 +111,7 @@ def test_loggers_get_metrics_and_text(run: Run) -> None:
         assert f"**criteria of Gabdullin (2025), Fig. 10: {record.assessment.words}**" in texts[step]
         assert all(f"- {reason}" in texts[step] for reason in record.assessment.reasons)
     for name in ("hesd_density.csv", "hesd_gen_density.csv"):
-        rows = list(csv.DictReader((Path(table.log_dir) / name).read_text().splitlines()))
-        assert {row["epoch"] for row in rows} == {"0", "1"}
+        assert {row["epoch"] for row in read_csv(Path(table.log_dir) / name)} == {"0", "1"}
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
@@ -148,13 +132,5 @@ def test_a_failure_on_the_other_data_leaves_the_training_spectrum(tmp_path: Path
         fit(tmp_path, spectra, epochs=1)
     (record,) = spectra.history
     assert record.spectrum is not None
-    assert record.generalization is None
-    assert record.assessment is None
+    assert record.generalization is record.assessment is None
     assert record.error.startswith("the analysis of generalization data: ValueError: ")
-
-
-def test_verbose_prints_the_verdict(run: Run) -> None:
-    lines = [line for line in run.printed if line.startswith("hesd: epoch 0")]
-    assert [line.split(", ")[1].split(" ")[0] for line in lines] == ["C_t", "gen", "criteria"]
-    assert lines[2] == f"hesd: epoch 0, criteria {run.history[0].assessment.words} ({SHORT_CAVEAT})"
-    assert str(run.history[0].assessment).startswith(f"{TITLE} ({CAVEAT}): ")

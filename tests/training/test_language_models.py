@@ -16,6 +16,7 @@ from examples.transformer import TinyConfig, TinyForCausalLM
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum
 from lightning_hesd.commands.cli import main
 from tests.oracles import dense_hessian
+from tests.training.modules import freeze
 from tests.training.scripted import make_trainer
 
 if TYPE_CHECKING:
@@ -114,20 +115,16 @@ def loss_of_sequence(module: Net, batch: tuple[Tensor]) -> Tensor:
 
 def test_curvature_of_the_mean_over_all_tokens(tmp_path: Path) -> None:
     callback = HessianSpectrumCallback(every_n_epochs=2, batch_weight="tokens", sampling_error=True, steps=100)
-    trainer = fit(tmp_path, callback)
-    plain = fit(tmp_path / "plain")
-    module = trainer.lightning_module
-    for name, value in plain.lightning_module.state_dict().items():
-        assert torch.equal(module.state_dict()[name], value), name
+    module = fit(tmp_path / "with", callback).lightning_module
+    plain = fit(tmp_path / "without").lightning_module
+    assert freeze(module.state_dict()) == freeze(plain.state_dict())
     [record] = callback.history
     assert record.error is None
     spectrum = record.spectrum
     assert (spectrum.strategy, spectrum.num_samples, spectrum.sampling_groups) == ("graph", SAMPLES, SAMPLES)
-    hessian = dense_hessian(
-        module, [(row,) for row in sequences()], loss_of_sequence, weights=[len(row) - 1.0 for row in sequences()]
-    )
-    expected = torch.linalg.eigvalsh(hessian)
-    assert spectrum.dimension == len(expected) == (sum(p.numel() for p in module.parameters() if p.requires_grad))
+    rows, tokens_in = [(row,) for row in sequences()], [len(row) - 1.0 for row in sequences()]
+    expected = torch.linalg.eigvalsh(dense_hessian(module, rows, loss_of_sequence, weights=tokens_in))
+    assert spectrum.dimension == len(expected) == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert spectrum.lambda_max == pytest.approx(float(expected[-1]), rel=1e-8)
     assert spectrum.lambda_min == pytest.approx(float(expected[0]), rel=1e-8)
 
@@ -142,8 +139,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         out = tmp_path / str(number)
         weighted = [f"--analysis.batch_weight={weight}", f"--out={out}"]
         main(["analyze", callback.checkpoint.best_model_path, *project, *weighted])
-        [path] = (out / "spectra").glob("*.npz")
-        found = Spectrum.load(path)
+        [found] = map(Spectrum.load, (out / "spectra").glob("*.npz"))
         assert found.num_samples == SAMPLES
         # In single precision, which the command takes.
         assert found.loss == pytest.approx(record.spectrum.loss, rel=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +15,7 @@ from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Sharpness
 from lightning_hesd.training import callback_copies
 from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.history import SpectrumRecord
+from tests.training.modules import pickled
 from tests.training.scripted import STEPS_PER_EPOCH, Epoch, ScriptedModule, loader, make_trainer
 
 
@@ -26,12 +26,12 @@ class Curved(ScriptedModule):
         return (self.weight - 9) ** 2 / 100
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
-def test_the_history_and_the_pick_come_back(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning", "ignore:It is recommended to use `self.log")
+def test_the_history_the_pick_and_tracked_records_come_back(tmp_path: Path) -> None:
     alone = HessianCheckpoint("lowest_max_eigenvalue", tolerance=9.0, dirpath=tmp_path / "alone")
     spectra = HessianSpectrumCallback(checkpoint=HessianCheckpoint(tolerance=9.0, save_last=True), num_samples=2)
-    trainer = make_trainer(tmp_path, [spectra, alone], 2, strategy="ddp_fork", devices=2)
+    monitor = SharpnessMonitor(1, num_samples=2, on_error="raise")
+    trainer = make_trainer(tmp_path, [spectra, alone, monitor], 2, strategy="ddp_fork", devices=2)
     trainer.fit(Curved([Epoch(None)] * 2), loader())
     steps = STEPS_PER_EPOCH // 2  # each rank has half of the batches
     assert [(r.epoch, r.global_step, r.error) for r in spectra.history] == [(0, steps, None), (1, 2 * steps, None)]
@@ -44,26 +44,27 @@ def test_the_history_and_the_pick_come_back(tmp_path: Path) -> None:
         assert torch.load(checkpoint.best_model_path)["global_step"] == checkpoint.best.global_step
     assert Path(spectra.checkpoint.last_model_path) == tmp_path / "checkpoints" / "last.ckpt"
     assert trainer.checkpoint_callback.best_model_path in {spectra.checkpoint.best_model_path, alone.best_model_path}
+    assert [record.global_step for record in monitor.history] == [1, 2]
+    assert [record.tracked_lambda_max for record in monitor.history] == pytest.approx([0.02, 0.02])
 
 
 def test_letters_find_the_original() -> None:
     original = HessianSpectrumCallback()
-    pickled = pickle.dumps(original)
     with mock.patch.object(callback_copies, "_RECIPIENTS", WeakValueDictionary()):
-        in_another_process = pickle.loads(pickled)  # noqa: S301
+        in_another_process = pickled(original)
     assert in_another_process._address == original._address
     received: list[Any] = []
     original.take_results = received.append  # type: ignore[method-assign]
-    pickle.loads(pickle.dumps(callback_copies._Letter(in_another_process._address, {"a": torch.ones(1)})))  # noqa: S301
+    pickled(callback_copies._Letter(in_another_process._address, {"a": torch.ones(1)}))
     assert received == [{"a": torch.ones(1)}]
-    assert pickle.loads(pickle.dumps(callback_copies._Letter("unknown address", {}))) is None  # noqa: S301
+    assert pickled(callback_copies._Letter("unknown address", {})) is None
 
 
 def test_letters_to_a_copy_reach_the_original_too() -> None:
     original = HessianSpectrumCallback()
     copied, trained = copy.deepcopy(original), copy.deepcopy(original)
     trained.history.append(SpectrumRecord(0, 1, None, error="failed"))
-    pickle.loads(pickle.dumps(callback_copies._Letter(copied._address, trained.state_dict())))  # noqa: S301
+    pickled(callback_copies._Letter(copied._address, trained.state_dict()))
     assert [r.error for r in copied.history] == [r.error for r in original.history] == ["failed"]
 
 
@@ -71,13 +72,3 @@ def test_nothing_is_sent_where_the_process_goes_on(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [], 1)
     strategies.add_result_of_fit(trainer, "address", {})
     assert trainer.strategy.launcher is None
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
-def test_tracked_records_come_back(tmp_path: Path) -> None:
-    monitor = SharpnessMonitor(1, num_samples=2, on_error="raise")
-    trainer = make_trainer(tmp_path, [monitor], 2, strategy="ddp_fork", devices=2, enable_checkpointing=False)
-    trainer.fit(Curved([Epoch(None)] * 2), loader())
-    assert [record.global_step for record in monitor.history] == [1, 2]
-    assert [record.tracked_lambda_max for record in monitor.history] == pytest.approx([0.02, 0.02])

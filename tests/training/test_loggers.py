@@ -18,22 +18,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd import HessianCheckpoint, SpectrumHistory
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.digits_run import Net, fit
+from tests.training.broken import raising
+from tests.training.digits_run import Net, callback, fit
 from tests.training.logs import ListLogger, read_csv, read_events
-from tests.training.scripted import make_spectrum
+from tests.training.scripted import keeping, make_spectrum
 
 KEYS = {
     *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "verified", "mp", "lambda_max", "lambda_min", "trace", "k_h05"),
     *("negative_count_low", "negative_count_high", "squared_weight_norm", "loss", "seconds", "overhead"),
 }
 EPOCHS = 2
-
-
-def callback(**arguments: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(**{"steps": 8, "num_samples": 48, "batch_size": 16, **arguments})
 
 
 def charts_in(events: Any) -> list[Any]:
@@ -166,10 +163,7 @@ def test_a_folder_used_before_has_the_last_run_only(tmp_path: Path) -> None:
     every = ModelCheckpoint(dirpath=tmp_path / "every", save_top_k=-1, filename="{epoch}")
     continued = {"ckpt_path": tmp_path / "every" / "epoch=0.ckpt"}
     for rate, epochs, arguments in ((1.0, 3, {}), (2.0, 2, {}), (3.0, 3, {}), (4.0, 2, continued)):
-        checkpoint = HessianCheckpoint(
-            lambda record: -record.epoch, dirpath=tmp_path / str(rate), tolerance=9.0, require_mp=False
-        )
-        spectra = callback(checkpoint=checkpoint)
+        spectra = callback(checkpoint=keeping(dirpath=tmp_path / str(rate)))
         logger = CSVLogger(tmp_path, name="", version="run")
         callbacks = [spectra, every] if rate == 1 else [spectra]
         fit(tmp_path, *callbacks, net=partial(Diverging, rate), epochs=epochs, logger=logger, **arguments)
@@ -204,10 +198,8 @@ class Charting(Net):
     """Writes a layout of its own charts, as users do, and is not the first to do so."""
 
     def on_train_start(self) -> None:
-        logger = self.trainer.loggers[-1]
-        logger.experiment.add_custom_scalars(
-            {"own": {"loss": ["Multiline", ["loss"]]}, "c.t": {"C_t": ["Multiline", ["x"]]}}
-        )
+        own = {"own": {"loss": ["Multiline", ["loss"]]}, "c.t": {"C_t": ["Multiline", ["x"]]}}
+        self.trainer.loggers[-1].experiment.add_custom_scalars(own)
 
 
 def test_charts_have_the_tags_of_their_logger_and_stand_beside_those_of_the_user(tmp_path: Path) -> None:
@@ -223,14 +215,11 @@ def test_charts_have_the_tags_of_their_logger_and_stand_beside_those_of_the_user
         margin, largest = ours.chart
         tags = set(events.Tags()["scalars"])
         assert {tag for s in margin.margin.series for tag in (s.value, s.lower, s.upper)} <= tags
-        assert [tag for tag in tags if re.match(largest.multiline.tag[0], tag)] == [
-            f"{prefix}-c.t/lambda_max" if prefix else "c.t/lambda_max"
-        ]
+        expected = f"{prefix}-c.t/lambda_max" if prefix else "c.t/lambda_max"
+        assert [tag for tag in tags if re.match(largest.multiline.tag[0], tag)] == [expected]
     # A category of the user's that has the name of the callback stays as it is.
-    assert [(c.title, c.chart[0].multiline.tag[0]) for c in charts_in(read_events(users.log_dir))] == [
-        ("own", "loss"),
-        ("c.t", "x"),
-    ]
+    kept = [(c.title, c.chart[0].multiline.tag[0]) for c in charts_in(read_events(users.log_dir))]
+    assert kept == [("own", "loss"), ("c.t", "x")]
 
 
 def test_a_history_knows_how_it_was_made(run: Any) -> None:
@@ -247,24 +236,19 @@ def test_a_history_knows_how_it_was_made(run: Any) -> None:
 def test_unknown_loggers_get_scalars_and_a_debug_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger = ListLogger()
     with caplog.at_level(logging.DEBUG, logger="lightning_hesd"):
-        fit(tmp_path, callback(), logger=logger)
+        trainer = fit(tmp_path, callback(progress=False), logger=logger)
     assert sum("hesd/c_t" in metrics for metrics in logger.metrics) == EPOCHS
-    notes = [record for record in caplog.records if record.name.startswith("lightning_hesd")]
-    assert [note.getMessage() for note in notes] == [
-        "ListLogger gets scalars only: lightning_hesd knows no other output for it."
-    ]
+    [note] = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_hesd")]
+    assert note == "ListLogger gets scalars only: lightning_hesd knows no other output for it."
+    assert "hesd/c_t" in trainer.callback_metrics
+    assert "hesd/c_t" not in trainer.progress_bar_metrics, "as `progress=False` says"
 
 
 def test_an_output_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: Any, **_kwargs: Any) -> None:
-        msg = "disk full"
-        raise OSError(msg)
-
-    monkeypatch.setattr("lightning_hesd.plotting.plot_density", fail)
+    monkeypatch.setattr("lightning_hesd.plotting.plot_density", raising(OSError("disk full")))
     logger = TensorBoardLogger(tmp_path)
-    spectra = callback()
     with pytest.warns(RuntimeWarning, match=r"cannot write the spectrum of epoch \d\. OSError: disk full") as caught:
-        fit(tmp_path, spectra, logger=logger)
+        fit(tmp_path, callback(), logger=logger)
     assert sum("disk full" in str(warning.message) for warning in caught) == EPOCHS
     events = read_events(logger.log_dir)
     assert len(events.Scalars("hesd/c_t")) == len(events.Histograms("hesd/density")) == EPOCHS
@@ -274,9 +258,7 @@ def test_an_output_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypa
 class Unreachable(CSVLogger):
     """Its server does not answer."""
 
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        msg = "no answer"
-        raise ConnectionError(msg)
+    log_metrics = raising(ConnectionError("no answer"))
 
 
 def test_a_logger_that_fails_within_an_epoch_costs_no_training(tmp_path: Path) -> None:
@@ -308,12 +290,4 @@ def test_nan_is_never_logged(tmp_path: Path) -> None:
 
 def test_scalars_of_a_mainly_negative_spectrum() -> None:
     values = scalars(SpectrumRecord(0, 1, make_spectrum(-0.9)), "x")
-    assert values["x/mp"] == 0.0
-    assert values["x/c_t"] == -0.9
-    assert values["x/c_t_threshold"] == -0.6
-
-
-def test_without_progress_the_bar_does_not_show_c_t(tmp_path: Path) -> None:
-    trainer = fit(tmp_path, callback(progress=False), epochs=1)
-    assert "hesd/c_t" in trainer.callback_metrics
-    assert "hesd/c_t" not in trainer.progress_bar_metrics
+    assert (values["x/mp"], values["x/c_t"], values["x/c_t_threshold"]) == (0.0, -0.9, -0.6)

@@ -14,9 +14,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
+from tests.training.broken import out_of_luck
 from tests.training.modules import Classifier, Digits, callback, fit, freeze, loader, plain_loss, samples
-
-# What training_step returns, and what it takes ------------------------------------------------------------------------
 
 
 class Returns(Classifier):
@@ -51,14 +50,13 @@ def test_the_forms_of_a_loss(output: Any, nodes: Any, tmp_path: Path) -> None:
     assert nodes_of(tmp_path, Returns(output)) == nodes
 
 
+WITHOUT = "got a dict without 'loss': return it, or pass the callback `loss"
+
+
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (
-            lambda loss: {"other": loss},
-            MisconfigurationException,
-            "got a dict without 'loss': return it, or pass the callback `loss",
-        ),
+        (lambda loss: {"other": loss}, MisconfigurationException, WITHOUT),
         (lambda loss: 0.5, MisconfigurationException, "got float"),
         (lambda loss: loss.expand(3), TypeError, r"the mean over the batch; got shape \(3,\)"),
     ],
@@ -85,8 +83,6 @@ def test_signatures(step: Callable[..., Any], nodes: Any, tmp_path: Path) -> Non
     module = type("Module", (Classifier,), {"training_step": step})
     assert nodes_of(tmp_path, module()) == nodes
 
-
-# Silence --------------------------------------------------------------------------------------------------------------
 
 CALLS: list[str] = []
 """Out of the module's reach, hence of what is put back after an analysis."""
@@ -118,49 +114,43 @@ class Overriding(Talkative):
         CALLS.append("print")
 
 
-class Patched(Talkative):
-    """Has a `print` of its own instance only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.print = silent_print
-
-
-def silent_print(*args: Any) -> None:
-    CALLS.append("print")
+def patched() -> Talkative:
+    """Return a module with a `print` of its own instance only."""
+    module = Talkative()
+    module.print = lambda *_args: CALLS.append("print")  # type: ignore[method-assign]
+    return module
 
 
 def fails(module: Any, batch: Any) -> Tensor:
     module.training_step(batch, 0)
-    msg = "failed on purpose"
-    raise OSError(msg)
+    return out_of_luck()
 
 
 @pytest.mark.parametrize(
-    ("module_class", "loss_fn", "counts"),
+    ("make", "loss_fn", "counts"),
     [
         (Talkative, None, {}),
         (Talkative, fails, {}),
-        (Patched, fails, {"print": 5}),
+        (patched, fails, {"print": 5}),
         (Overriding, None, {"print": 5, "log": 10, "log_dict": 5}),  # Lightning's `log_dict` calls `log`
     ],
 )
 def test_muted_during_the_analysis_only(
-    module_class: type[Talkative], loss_fn: Any, counts: dict[str, int], tmp_path: Path, capsys: Any
+    make: Callable[[], Talkative], loss_fn: Any, counts: dict[str, int], tmp_path: Path, capsys: Any
 ) -> None:
     """Also where it fails."""
     CALLS.clear()
-    module, logger = module_class(), CSVLogger(tmp_path)
+    module, logger = make(), CSVLogger(tmp_path)
     names = ("print", "log", "log_dict")
-    before = {name: vars(module)[name] for name in names if name in vars(module)}
+    before = {name: vars(module).get(name) for name in names}
     observer = callback(loss_fn=loss_fn, on_error="warn", every_n_train_steps=2)
-    with pytest.warns(RuntimeWarning, match="failed on purpose") if loss_fn else contextlib.nullcontext():
+    with pytest.warns(RuntimeWarning, match="no luck") if loss_fn else contextlib.nullcontext():
         trainer = fit(tmp_path, observer, module=module, logger=logger, max_epochs=1)
     assert len(observer.history) == 2
     assert CALLS.count("analysis") >= 2
     assert {name: CALLS.count(name) for name in names} == dict.fromkeys(names, 0) | counts
-    assert capsys.readouterr().out.split().count("c") == (5 if module_class is Talkative else 0)
-    assert {name: vars(module)[name] for name in names if name in vars(module)} == before
+    assert capsys.readouterr().out.split().count("c") == (5 if make is Talkative else 0)
+    assert {name: vars(module).get(name) for name in names} == before
     assert trainer.loggers == [logger]
     assert module.logger is logger
 
@@ -174,9 +164,6 @@ def test_loss_fn_takes_the_place_of_training_step(tmp_path: Path) -> None:
     assert observer.history[0].spectrum.loss == pytest.approx(2 * plain_loss(module, batch).item(), rel=1e-5)
 
 
-# The value of the loss, and its precision -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("num_samples", "layers"), [(16, []), (21, [nn.BatchNorm1d(6), nn.Dropout()])])
 def test_the_loss_is_the_mean_over_the_samples(layers: list[nn.Module], num_samples: int, tmp_path: Path) -> None:
     observer = callback(num_samples=num_samples)
@@ -188,37 +175,26 @@ def test_the_loss_is_the_mean_over_the_samples(layers: list[nn.Module], num_samp
     assert observer.history[-1].spectrum.loss == pytest.approx(expected, rel=1e-5)
 
 
-class CreatesTensors(Classifier):
-    """Creates a tensor in the middle of the computation, whose dtype is the default one at that time."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        logits = self(batch[0]) @ torch.eye(10)
-        return F.cross_entropy(logits, batch[1])
-
-
-PRECISIONS = {
-    "32-true": torch.float32,
-    "64-true": torch.float64,
-    "bf16-true": torch.bfloat16,
-    "bf16-mixed": torch.float32,
-}
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_precision(precision: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", "float32"), ("64-true", "float64"), ("bf16-true", "bfloat16"), ("bf16-mixed", "float32")],
+)
+def test_precision(precision: Any, dtype: Any, tmp_path: Path) -> None:
     """The loss in the parameters' own type, and, under mixed precision, without autocast."""
-    autocast = []
+    autocast, dtype = [], getattr(torch, dtype)
 
-    class Watched(CreatesTensors):
+    class CreatesTensors(Classifier):
+        """Creates a tensor in the middle of the computation, whose dtype is the default one at that time."""
+
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if not self.training:
                 autocast.append(torch.is_autocast_enabled("cpu"))
-            return super().training_step(batch, batch_idx)
+            return F.cross_entropy(self(batch[0]) @ torch.eye(10), batch[1])
 
     observer = callback(batch_size=16)
     data = loader(Digits(augment=lambda x: 20 * x))  # so large that rounding shows
-    module = fit(tmp_path, observer, module=Watched(), data=data, precision=precision, max_epochs=1).lightning_module
-    dtype = PRECISIONS[precision]
+    module = CreatesTensors()
+    fit(tmp_path, observer, module=module, data=data, precision=precision, max_epochs=1)
     assert {p.dtype for p in module.parameters()} == {dtype}
     x, y, _ = samples(observer.state_dict()["samples"]["training"]["indices"])
     with torch.no_grad():
@@ -229,5 +205,4 @@ def test_precision(precision: Any, tmp_path: Path) -> None:
     assert observer.history[0].spectrum.loss == pytest.approx(expected, rel={torch.float64: 1e-12}.get(dtype, 1e-6))
     if precision == "bf16-mixed":
         assert expected != pytest.approx(rounded, rel=1e-4), "or autocast would not have shown"
-    assert autocast
-    assert not any(autocast)
+    assert set(autocast) == {False}

@@ -1,7 +1,6 @@
 """The analyzed loss is the one that is trained, without its randomness, also where evaluation mode is another function.
 
-Every stand-in comes with its training loss written out in formulas, of which the Hessian is taken by differences of
-values in float64.
+Every stand-in comes with its training loss written out in formulas, of which the Hessian is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,16 +21,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training import loss_mode
-from tests.training.modules import Classifier, Digits, callback, fit, freeze, loader, plain_loss
+from tests.oracles import dense_hessian
+from tests.training.broken import raising
+from tests.training.modules import Classifier, callback, fit, freeze, loader, plain_loss
+from tests.training.samples.drawn import FiniteStream
 
 SAMPLES = 12
 Weights = dict[str, Tensor]
 
+X = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+Y = torch.arange(SAMPLES) % 2
+
 
 def data() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(SAMPLES, 3, generator=generator, dtype=torch.float64)
-    return DataLoader(TensorDataset(x, torch.arange(SAMPLES) % 2), batch_size=4)
+    return DataLoader(TensorDataset(X, Y), batch_size=4)
 
 
 class Base(pl.LightningModule):
@@ -85,24 +87,6 @@ def of_forces(w: Weights, x: Tensor, _: Tensor) -> Tensor:
     h, v = hidden(w, x), w["last.weight"][0]
     forces = ((1 - h.square()) * v) @ w["first.weight"]
     return (h @ v + w["last.bias"][0]).square().mean() + (forces + x).square().mean()
-
-
-def hessian(loss: Callable[[Weights, Tensor, Tensor], Tensor], module: nn.Module) -> np.ndarray[Any, Any]:
-    """Return the Hessian of a loss at the weights of a module, by central differences of its values."""
-    x, y = data().dataset.tensors  # type: ignore[attr-defined]
-    names = {name: p.detach() for name, p in module.named_parameters()}
-    point = torch.cat([p.reshape(-1) for p in names.values()])
-
-    def value(flat: Tensor) -> Tensor:
-        parts = flat.split([p.numel() for p in names.values()])
-        return loss({n: part.view_as(p) for (n, p), part in zip(names.items(), parts, strict=True)}, x, y)
-
-    n, step = len(point), 1e-3
-    basis = step * torch.eye(n, dtype=torch.float64)
-    pairs = basis[:, None] + basis, basis[:, None] - basis
-    plus, minus = (torch.func.vmap(value)((point + pair).reshape(n * n, n)).view(n, n) for pair in pairs)
-    others = [torch.func.vmap(value)((point - pair).reshape(n * n, n)).view(n, n) for pair in pairs]
-    return ((plus + others[0] - minus - others[1]) / (4 * step**2)).numpy()
 
 
 # Stand-ins ------------------------------------------------------------------------------------------------------------
@@ -250,11 +234,11 @@ def test_the_loss_is_that_of_training_without_randomness(
         observer = analyzed(tmp_path, module := kind())
     spectrum = observer.history[0].spectrum
     assert spectrum is not None
-    x, y = data().dataset.tensors  # type: ignore[attr-defined]
-    expected = np.linalg.eigvalsh(hessian(loss, module))
-    assert spectrum.loss == pytest.approx(loss(dict(module.named_parameters()), x, y).item(), rel=1e-12)
-    # Differences of values in float64 with a step of 1e-3 are accurate to about 1e-6.
-    assert [spectrum.lambda_min, spectrum.lambda_max] == pytest.approx(expected[[0, -1]], abs=1e-5 * expected[-1])
+    written_out = dense_hessian(module, [(X, Y)], lambda m, batch: loss(dict(m.named_parameters()), *batch))
+    expected = torch.linalg.eigvalsh(written_out)[[0, -1]].tolist()
+    assert spectrum.loss == pytest.approx(loss(dict(module.named_parameters()), X, Y).item(), rel=1e-12)
+    # Both are exact up to rounding in float64: there are more steps than parameters.
+    assert [spectrum.lambda_min, spectrum.lambda_max] == pytest.approx(expected, abs=1e-9 * expected[-1])
     assert (spectrum.mode, spectrum.verified) == (mode, "yes")
     texts = said(caplog, caught)
     assert len(texts) == (message is not None)
@@ -277,13 +261,11 @@ def test_it_says_both_losses_and_that_of_training(tmp_path: Path) -> None:
     (text,) = [str(w.message) for w in caught if "is not its training" in str(w.message)]
     found = re.search(r"is (\S+) in evaluation mode and (\S+) in .* reported (\S+) on average over its last 3", text)
     assert found is not None
-    x, y = data().dataset.tensors  # type: ignore[attr-defined]
     evaluation, training, reported = map(float, found.groups())
-    assert evaluation == pytest.approx(F.cross_entropy(module.eval()(x), y).item(), rel=1e-3)
-    assert training == pytest.approx(F.cross_entropy(module.train()(x), y).item(), rel=1e-3)
+    assert evaluation == pytest.approx(F.cross_entropy(module.eval()(X), Y).item(), rel=1e-3)
+    assert training == pytest.approx(F.cross_entropy(module.train()(X), Y).item(), rel=1e-3)
     assert training < reported < 1.2 * training, "before the weights moved on"
-    spectrum = observer.history[0].spectrum
-    assert "in mode 'deterministic'" in str(spectrum)
+    assert "in mode 'deterministic'" in str(observer.history[0].spectrum)
 
 
 # Layers of PyTorch ----------------------------------------------------------------------------------------------------
@@ -338,9 +320,8 @@ def test_usual_networks_are_analysed_in_evaluation_mode_as_ever(layers: Any, tmp
             module = Classifier(*layers())
         observer = callback(mode=mode)  # any warning fails the test
         fit(tmp_path, observer, module=module, max_epochs=1)
-        [record] = observer.history
-        assert record.spectrum.mode == "eval"
-        nodes[mode] = freeze(record.spectrum.nodes)
+        assert observer.history[0].spectrum.mode == "eval"
+        nodes[mode] = freeze(observer.history[0].spectrum.nodes)
     assert nodes["auto"] == nodes["eval"]
 
 
@@ -353,8 +334,7 @@ def test_usual_networks_are_analysed_in_evaluation_mode_as_ever(layers: Any, tmp
 def test_the_mode_can_be_asked_for(mode: Any, loss: Any, tmp_path: Path) -> None:
     observer = analyzed(tmp_path, module := Transformed(), mode=mode)
     spectrum = observer.history[0].spectrum
-    x, y = data().dataset.tensors  # type: ignore[attr-defined]
-    expected = F.cross_entropy(module.eval()(x), y) if loss is None else loss(dict(module.named_parameters()), x, y)
+    expected = F.cross_entropy(module.eval()(X), Y) if loss is None else loss(dict(module.named_parameters()), X, Y)
     assert spectrum.loss == pytest.approx(expected.item(), rel=1e-12)
     assert spectrum.mode == mode
 
@@ -363,8 +343,7 @@ class FailingEverywhere(Base):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.trainer.global_step < 3:
             return super().training_step(batch, batch_idx)
-        msg = "nothing" if self.training else "nothing in evaluation mode"
-        raise ArithmeticError(msg)
+        return raising(ArithmeticError("nothing" if self.training else "nothing in evaluation mode"))()
 
 
 def test_a_loss_that_fails_in_both_modes_fails_as_in_evaluation_mode(tmp_path: Path) -> None:
@@ -376,14 +355,13 @@ def test_the_choice_is_made_once_and_kept_on_resume(tmp_path: Path, monkeypatch:
     made: list[object] = []
     choose = loss_mode.LossMode._choose
     monkeypatch.setattr(loss_mode.LossMode, "_choose", lambda *args: made.append(1) or choose(*args))
-    first = callback(generalization_dataloader=data(), num_samples=SAMPLES, layers="auto")
+    first, resumed = (callback(generalization_dataloader=data(), num_samples=SAMPLES, layers="auto") for _ in range(2))
     with pytest.warns(RuntimeWarning, match="is not its training"):
         trainer = fit(tmp_path, first, module=Transformed(), data=data(), max_epochs=2)
     assert len(made) == 1
     assert {s.mode for r in first.history for s in [*r.spectra.values(), *r.layers.values()]} == {"deterministic"}
 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = callback(generalization_dataloader=data(), num_samples=SAMPLES, layers="auto")
     fit(tmp_path, resumed, module=Transformed(), data=data(), max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
     assert len(made) == 1
     assert [record.spectrum.mode for record in resumed.history] == ["deterministic"] * 3
@@ -393,28 +371,22 @@ def test_the_choice_is_made_once_and_kept_on_resume(tmp_path: Path, monkeypatch:
     assert [record.spectrum.mode for record in resumed.history] == ["eval"]
 
 
-class Own(DataLoader[Any]):
-    def __iter__(self) -> Any:
-        return iter(list(super().__iter__()))
+OF_ONES_OWN = {"dataloader": loader(), "loss_fn": plain_loss}
 
 
 @pytest.mark.parametrize(
     ("options", "made", "first"),
     [
         ({}, loader, "`training_step` over 10 samples of the training data in 2 batches"),
-        (
-            {"dataloader": loader(), "loss_fn": plain_loss},
-            loader,
-            "`loss_fn` over 10 samples of `dataloader` in 2 batches",
-        ),
-        ({}, lambda: Own(Digits(), batch_size=8), "`training_step` over the first 10 samples of training"),
+        (OF_ONES_OWN, loader, "`loss_fn` over 10 samples of `dataloader` in 2 batches"),
+        ({}, lambda: loader(FiniteStream(40)), "`training_step` over the first 10 samples of training"),
     ],
     ids=["training", "own", "kept"],
 )
 def test_verbose_says_what_is_analyzed(
     options: Any, made: Any, first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(tmp_path, callback(verbose=True, num_samples=10, **options), data=made())
+    fit(tmp_path, callback(verbose=True, num_samples=10, **options), data=made(), max_epochs=1)
     said = [line for line in capsys.readouterr().out.splitlines() if "analyzed" in line]
     assert said[0] == f"hesd: the mean loss of {first} is analyzed"
     assert said[1].startswith("hesd: the loss is analyzed in evaluation mode (the same loss and gradient as in ")

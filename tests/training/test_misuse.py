@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.compat import strategies
-from tests.training.broken import Broken, nan_curvature, nan_loss, once_differentiable_loss, out_of_luck
+from tests.training.broken import Broken, nan_curvature, nan_loss, once_differentiable_loss, out_of_luck, raising
 from tests.training.modules import (
     Classifier,
     Digits,
@@ -57,26 +57,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), WRONG, ids=["-".join(f"{k}" for k in a) + f"_{n}" for n, (a, _) in enumerate(WRONG)]
-)
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=map(str, range(len(WRONG))))
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HessianSpectrumCallback(**arguments)
 
 
-@pytest.mark.parametrize("checkpoint", [ModelCheckpoint(monitor="hesd/c_t"), True])
-def test_a_checkpoint_that_is_no_rule(checkpoint: Any) -> None:
-    with pytest.raises((TypeError, MisconfigurationException), match="`checkpoint` must be"):
-        HessianSpectrumCallback(checkpoint=checkpoint)
-
-
-def test_an_unknown_keyword() -> None:
-    with pytest.raises(
-        TypeError,
-        match=r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed",
-    ):
+def test_an_unknown_keyword_and_a_checkpoint_that_is_no_rule() -> None:
+    message = r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed"
+    with pytest.raises(TypeError, match=message):
         HessianSpectrumCallback(step=5)
+    for checkpoint in (ModelCheckpoint(monitor="hesd/c_t"), True):
+        with pytest.raises((TypeError, MisconfigurationException), match="`checkpoint` must be"):
+            HessianSpectrumCallback(checkpoint=checkpoint)
 
 
 # At the start of fit --------------------------------------------------------------------------------------------------
@@ -116,19 +109,16 @@ def of_one_name(on_error: Any) -> list[pl.Callback]:
     return [callback(), Late(steps=3, num_samples=16, checkpoint="highest_c_t", on_error=on_error)]
 
 
+def one_callback(**options: Any) -> Callable[[Any], list[pl.Callback]]:
+    return lambda on_error: [callback(on_error=on_error, **options)]
+
+
+LOSS_FN = "pass the callback `loss_fn=`"
 REFUSED: dict[str, tuple[type[Classifier], Callable[[Any], list[pl.Callback]], str]] = {
-    "manual": (
-        ByHand,
-        lambda e: [callback(on_error=e, checkpoint="highest_c_t", at_start=True)],
-        "pass the callback `loss_fn=`",
-    ),
-    "iterator": (
-        Streaming,
-        lambda e: [callback(on_error=e, monitor_gradients=True, verbose=True)],
-        "takes a `dataloader_iter`.* pass the callback `loss_fn=`",
-    ),
+    "manual": (ByHand, one_callback(checkpoint="highest_c_t", at_start=True), LOSS_FN),
+    "iterator": (Streaming, one_callback(monitor_gradients=True, verbose=True), f"`dataloader_iter`.* {LOSS_FN}"),
     "name": (Classifier, of_one_name, "another HessianSpectrumCallback.* pass another `name`"),
-    "strategy": (Classifier, lambda e: [callback(on_error=e, max_overhead=0.5)], "Refusing.* use another"),
+    "strategy": (Classifier, one_callback(max_overhead=0.5), "Refusing: use another"),
 }
 
 
@@ -140,12 +130,7 @@ def test_what_cannot_be_analysed_is_said_before_training(
     """With "warn" once, and training goes on as it would; the reason is in the records, where spectra would be."""
     module, make, message = REFUSED[case]
     if case == "strategy":  # FSDP and DeepSpeed need a GPU
-
-        def refuse(trainer: pl.Trainer) -> None:
-            msg = "Refusing splits parameters: use another"
-            raise MisconfigurationException(msg)
-
-        monkeypatch.setattr(strategies, "check_strategy", refuse)
+        monkeypatch.setattr(strategies, "check_strategy", raising(MisconfigurationException("Refusing: use another")))
     observers = make("warn")
     with own_warnings() as said:
         trainer = fit(tmp_path, *observers, module=module(), enable_checkpointing=True)
@@ -194,17 +179,11 @@ def test_a_refusal_holds_for_its_run_only(tmp_path: Path) -> None:
 # During training ------------------------------------------------------------------------------------------------------
 
 
+ONCE = "cannot be differentiated twice: .*marked `once_differentiable`"
+NAN = "Hessian-vector product of batch 0 is NaN or infinite, though its loss is finite"
 FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "once_differentiable": (
-        {"loss_fn": once_differentiable_loss, "strategy": "graph"},
-        RuntimeError,
-        "cannot be differentiated twice: .*marked `once_differentiable`",
-    ),
-    "nan_curvature": (
-        {"loss_fn": nan_curvature},
-        ArithmeticError,
-        "Hessian-vector product of batch 0 is NaN or infinite, though its loss is finite",
-    ),
+    "once_differentiable": ({"loss_fn": once_differentiable_loss, "strategy": "graph"}, RuntimeError, ONCE),
+    "nan_curvature": ({"loss_fn": nan_curvature}, ArithmeticError, NAN),
     "nan_loss": ({"loss_fn": nan_loss}, ArithmeticError, "the loss of batch 0 is nan"),
     "any_error": ({"loss_fn": out_of_luck}, OSError, "no luck"),
     "unreadable_data": ({"dataloader": loader(Broken())}, OSError, "unreadable file"),
@@ -213,8 +192,7 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 def hidden_part(module: Any, batch: Any) -> Tensor:
     """A loss whose gradient is not that of its value."""
-    weight = module.net[0].weight
-    return plain_loss(module, batch) + weight.detach().square().sum()
+    return plain_loss(module, batch) + module.net[0].weight.detach().square().sum()
 
 
 def test_a_loss_that_cannot_be_analysed_is_warned_of_once_in_a_run(tmp_path: Path) -> None:
@@ -224,9 +202,7 @@ def test_a_loss_that_cannot_be_analysed_is_warned_of_once_in_a_run(tmp_path: Pat
             fit(tmp_path / run, observer)
         [message] = said
         assert "the analysis of epoch 0 failed, training goes on. WrongDerivativeError" in message
-        errors = [record.error for record in observer.history]
-        assert len(errors) == 2
-        assert all("WrongDerivativeError" in error for error in errors)
+        assert ["WrongDerivativeError" in record.error for record in observer.history] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["nan_curvature", "any_error", "unreadable_data"])
@@ -267,14 +243,11 @@ def test_a_passing_failure_is_overcome(fails: str, tmp_path: Path) -> None:
     class FlakyDigits(Digits):
         def __getitem__(self, position: int) -> Any:
             attempts.append(position)
-            if fails == "draw" and len(attempts) == 1:
-                msg = "unreadable just now"
-                raise OSError(msg)
-            return super().__getitem__(position)
+            return out_of_luck() if fails == "draw" and len(attempts) == 1 else super().__getitem__(position)
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
         failing = fails == "loss" and module.current_epoch == 0
-        return out_of_luck(module, batch) if failing else plain_loss(module, batch)
+        return out_of_luck() if failing else plain_loss(module, batch)
 
     observer = callback(on_error="warn", loss_fn=loss_fn, dataloader=loader(FlakyDigits()))
     with own_warnings() as said:
@@ -299,10 +272,9 @@ def test_lazy_layers_are_not_initialized_by_an_analysis(tmp_path: Path) -> None:
         trainer = fit(tmp_path, observer, module=Lazy())
     [message] = said
     assert "before the first step failed" in message
-    assert re.match(
-        r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyze after the first", observer.history[0].error
-    )
-    assert [record.error for record in observer.history[1:]] == [None, None]
+    first, *others = (record.error for record in observer.history)
+    assert re.match(r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyze after the first", first)
+    assert others == [None, None]
     without = fit(tmp_path / "without", module=Lazy())
     assert freeze(trainer.lightning_module.state_dict()) == freeze(without.lightning_module.state_dict())
 

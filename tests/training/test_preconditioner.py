@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_hesd import HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
+from lightning_hesd import SpectrumHistory, hessian_spectrum
 from lightning_hesd.training.preconditioner import UnreadableOptimizerError, read_preconditioner
 from tests.training.modules import Classifier, callback, fit, plain_loss, samples
 
@@ -74,12 +73,16 @@ def test_parameters_without_a_gradient_are_left_as_they_are() -> None:
         (lambda p: RMSprop(p, 0.1), 20.0),
         (lambda p: Adagrad(p, 0.1), 20.0),
         (lambda p: Adam(p, 0.1, betas=(0.9, 0.999)), 380.0),
+        (lambda p: Adam(p, torch.tensor(0.1), capturable=False, foreach=False), 380.0),
     ],
 )
 def test_thresholds_of_stability(make: Callable[..., Optimizer], threshold: float) -> None:
     """Cohen et al.: preconditioned gradient descent 2/lr, Adam 2(1 + β₁)/((1 - β₁) lr)."""
     p = nn.Parameter(torch.ones(2))
-    assert read_preconditioner([stepped(make([p]), p)]).threshold == pytest.approx(threshold)
+    optimizer = stepped(make([p]), p)
+    assert read_preconditioner([optimizer]).threshold == pytest.approx(threshold)
+    optimizer.param_groups[0]["lr"] *= 0
+    assert read_preconditioner([optimizer]).threshold is None
 
 
 @pytest.mark.parametrize(
@@ -110,34 +113,21 @@ def test_steps_diverge_beyond_the_threshold(make: Callable[..., Optimizer], side
     [
         [{"lr": 0.1}, {"lr": 0.2}],
         [{"lr": 0.0}],
-        [{"lr": torch.tensor(0.0)}],
         [{"lr": 0.0, "momentum": 0.9, "nesterov": True}],
         [{"lr": 0.1, "momentum": 0.9, "dampening": 1.0}],
         [{"lr": 1e-320}],
         [{"lr": 0.0}, {"lr": 0.1}],
     ],
-    ids=["different", "zero", "tensor", "Nesterov", "fully dampened", "denormal", "beside another group"],
+    ids=["different", "zero", "Nesterov", "fully dampened", "denormal", "beside another group"],
 )
 def test_steps_of_different_lengths_or_of_length_zero_have_no_threshold(groups: list[dict[str, Any]]) -> None:
     parameters = [{"params": [nn.Parameter(torch.ones(2))], **group} for group in groups]
     assert read_preconditioner([SGD(parameters, 0.1)]).threshold is None
 
 
-def test_a_rate_held_in_a_tensor_is_read() -> None:
-    p = nn.Parameter(torch.ones(2))
-    optimizer = stepped(Adam([p], torch.tensor(0.1), capturable=False, foreach=False), p)
-    assert read_preconditioner([optimizer]).threshold == pytest.approx(380.0)
-    optimizer.param_groups[0]["lr"].zero_()
-    assert read_preconditioner([optimizer]).threshold is None
-
-
-class Own(SGD):
-    pass
-
-
 def test_subclasses_are_read_as_the_class_they_derive_from_beside_other_optimizers() -> None:
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    read = read_preconditioner([Own([p], 0.1), SGD([q], 0.1)])
+    read = read_preconditioner([type("Own", (SGD,), {})([p], 0.1), SGD([q], 0.1)])
     assert read.is_identity
     assert read.threshold == pytest.approx(20.0)
 
@@ -172,18 +162,9 @@ def observer_of(**options: Any) -> Any:
     return callback(preconditioner="optimizer", **options)
 
 
-def with_adam() -> Trained:
-    return Trained(lambda p: Adam(p, LR))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[HessianSpectrumCallback, pl.Trainer]:
-    folder, spectra = tmp_path_factory.mktemp("run"), observer_of(at_start=True, steps=6)
-    return spectra, fit(folder, spectra, module=with_adam(), logger=CSVLogger(folder))
-
-
-def test_the_callback_computes_preconditioned_spectra(run: Any) -> None:
-    spectra, trainer = run
+def test_the_callback_computes_preconditioned_spectra(tmp_path: Path) -> None:
+    spectra = observer_of(at_start=True, steps=6)
+    trainer = fit(tmp_path, spectra, module=Trained(lambda p: Adam(p, LR)), logger=CSVLogger(tmp_path))
     start, *_, record = spectra.history
     assert start.preconditioned is None
     batch = samples(list(spectra.state_dict()["samples"]["training"]["indices"]))
@@ -214,15 +195,17 @@ def test_the_last_step_of_a_cosine_schedule_has_no_stability_ratio(
     assert [r.stability_ratio for r in saved] == [before.stability_ratio, None]
 
 
-def test_gradient_descent_is_preconditioned_by_one(tmp_path: Path) -> None:
-    spectra = observer_of()
-    trainer = fit(tmp_path, spectra)
-    record = spectra.history[-1]
+def test_gradient_descent_is_preconditioned_by_one_and_diagonals_can_be_given(tmp_path: Path) -> None:
+    diagonals = {name: torch.full_like(p, 4.0) for name, p in Classifier().named_parameters()}
+    spectra, given = observer_of(), callback(name="given", preconditioner=diagonals)
+    trainer = fit(tmp_path, spectra, given)
+    record, scaled = spectra.history[-1], given.history[-1]
     assert record.preconditioned.nodes.tolist() == record.spectrum.nodes.tolist()
     lr = 0.1 * 0.7**2  # that of the next epoch: the scheduler has been there before the callback
-    assert trainer.callback_metrics["hesd/stability_ratio"].item() == pytest.approx(
-        record.spectrum.lambda_max * lr / 3.8, rel=1e-5
-    )
+    ratio = trainer.callback_metrics["hesd/stability_ratio"].item()
+    assert ratio == pytest.approx(record.spectrum.lambda_max * lr / 3.8, rel=1e-5)
+    assert scaled.preconditioned.lambda_max == pytest.approx(scaled.spectrum.lambda_max / 4, rel=1e-4)
+    assert scaled.stability_ratio is None
 
 
 @pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1), lambda p: Adam(p, 0.01)], ids=["SGD", "Adam"])
@@ -234,15 +217,6 @@ def test_frozen_weights_are_not_seen_by_the_optimizer(tmp_path: Path, make: Call
     (record,) = spectra.history
     assert record.spectrum.dimension == 65 * 6 + 7 * 10
     assert record.preconditioned.dimension == 7 * 10
-
-
-def test_diagonals_of_ones_own(tmp_path: Path) -> None:
-    diagonals = {name: torch.full_like(p, 4.0) for name, p in Classifier().named_parameters()}
-    spectra: Any = callback(preconditioner=diagonals)
-    fit(tmp_path, spectra, max_epochs=1)
-    record = spectra.history[-1]
-    assert record.preconditioned.lambda_max == pytest.approx(record.spectrum.lambda_max / 4, rel=1e-4)
-    assert record.stability_ratio is None
 
 
 def test_unreadable_optimizers_cost_a_warning_and_nothing_else(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks.progress import rich_progress
 
 from lightning_hesd.training import terminal as progress
 from tests.training.modules import callback, fit, freeze, global_generators, make_trainer
-from tests.training.terminals import BARS, TOTAL, Terminal, Validated, rich_bar, scripted, tqdm_bar, train
+from tests.training.terminals import BARS, TOTAL, Spy, Terminal, Validated, rich_bar, scripted, tqdm_bar, train
 
 
 @pytest.fixture
@@ -40,22 +40,29 @@ def counts_in(frames: list[list[str]]) -> list[str]:
     return list(dict.fromkeys(shown))
 
 
-# On the screen --------------------------------------------------------------------------------------------------------
+def assert_gone(spy: Spy) -> None:
+    """Check that nothing of the bar is left when the next callback has its turn."""
+    assert spy.afterwards
+    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
 
 
 @pytest.mark.parametrize("kind", BARS)
-def test_a_bar_of_its_own_below_the_training_bar(kind: str, tmp_path: Path, terminal: Terminal) -> None:
-    observer, spy = scripted(terminal)
+@pytest.mark.parametrize(("schedule", "batch"), [({}, "5"), ({"every_n_train_steps": 2}, r"\d")], ids=["after", "in"])
+def test_a_bar_of_its_own_below_the_training_bar(
+    kind: str, schedule: dict[str, Any], batch: str, tmp_path: Path, terminal: Terminal
+) -> None:
+    """After epochs, and within them."""
+    observer, spy = scripted(terminal, **schedule)
     train(tmp_path, terminal, BARS[kind](terminal), observer, spy)
     frames = terminal.showing("Lanczos")
     assert f"1/{TOTAL}" in counts_in(frames)
     for frame in frames:
         first, second = (line for line in frame if line)
-        assert re.match(r"Epoch [01].* 5/5 ", first)
+        assert re.match(rf"Epoch [01].* {batch}/5 ", first)
         assert second.startswith("hesd: Lanczos steps")
     assert {frame[0][:7] for frame in frames} == {"Epoch 0", "Epoch 1"}
-    # Gone when the next callback has its turn.
-    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+    assert_gone(spy)
+    assert re.match(r"Epoch 1.* 5/5 ", terminal.frames[-1][0])
 
 
 @pytest.mark.parametrize("kind", BARS)
@@ -96,21 +103,9 @@ def test_before_the_first_step(kind: str, order: str, tmp_path: Path, terminal: 
     train(tmp_path, terminal, *([bar, observer] if order == "bar first" else [observer, bar]), spy, Tasks())
     assert f"1/{TOTAL}" in counts_in(terminal.showing("Lanczos"))
     assert not any("Epoch" in line for frame in terminal.showing("Lanczos") for line in frame)
-    assert spy.afterwards
-    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+    assert_gone(spy)
     assert tasks == ([] if kind == "tqdm" else [("Epoch 0/1 ", "Validation"), ("Epoch 1/1 ", "Validation")])
     assert re.match(r"Epoch 1.* 5/5 ", next(line for line in terminal.frames[-1] if line))
-
-
-@pytest.mark.parametrize("kind", BARS)
-def test_within_an_epoch(kind: str, tmp_path: Path, terminal: Terminal) -> None:
-    observer, spy = scripted(terminal, every_n_train_steps=2)
-    train(tmp_path, terminal, BARS[kind](terminal), observer, spy)
-    frames = terminal.showing("Lanczos")
-    assert f"1/{TOTAL}" in counts_in(frames)
-    assert all(re.match(r"Epoch [01].* \d/5 ", frame[0]) for frame in frames)
-    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
-    assert re.match(r"Epoch 1.* 5/5 ", terminal.frames[-1][0])
 
 
 @pytest.mark.parametrize("kind", BARS)
@@ -121,8 +116,7 @@ def test_gone_after_a_failure(kind: str, on_error: str, at_start: bool, tmp_path
     with pytest.raises(OSError, match="no luck") if on_error == "raise" else pytest.warns(RuntimeWarning):
         train(tmp_path, terminal, observer, BARS[kind](terminal), spy)
     assert f"1/{TOTAL}" in counts_in(terminal.showing("Lanczos"))
-    assert not any("Lanczos" in line for line in terminal.frames[-1])
-    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+    assert not any("Lanczos" in line for frame in [*spy.afterwards, terminal.frames[-1]] for line in frame)
     assert sys.stdout is own_stdout  # a live display redirects it while it runs
 
 
@@ -140,7 +134,7 @@ def test_every_step_moves_it_and_ending_early_removes_it(
     observer, spy = scripted(terminal, steps=steps)
     train(tmp_path, terminal, BARS[kind](terminal, **arguments), observer, spy, max_epochs=1)
     assert counts_in(terminal.showing("Lanczos")) == [f"{step}/{TOTAL}" for step in shown]
-    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+    assert_gone(spy)
 
 
 @pytest.mark.parametrize("kind", BARS)
@@ -177,9 +171,6 @@ def test_real_analyses_report_their_steps_and_training_is_as_without(
     assert with_bar == outcome()
 
 
-# No bar ---------------------------------------------------------------------------------------------------------------
-
-
 class OwnBar(ProgressBar):
     """A kind of bar that the package does not know."""
 
@@ -207,10 +198,10 @@ def test_without_a_bar_analyses_report_nothing(name: str, tmp_path: Path, termin
 
 
 def test_rank_zero_only(tmp_path: Path) -> None:
-    for rank, wanted in ((0, True), (1, False)):
-        trainer = SimpleNamespace(is_global_zero=rank == 0, progress_bar_callback=TQDMProgressBar())
-        with progress.analysis_bar(trainer, "hesd", shown=True) as report:  # type: ignore[arg-type]
-            assert (report is not None) is wanted
+    for is_zero in (True, False):
+        trainer: Any = SimpleNamespace(is_global_zero=is_zero, progress_bar_callback=TQDMProgressBar())
+        with progress.analysis_bar(trainer, "hesd", shown=True) as report:
+            assert (report is not None) is is_zero
 
 
 @pytest.mark.parametrize("kind", BARS)
@@ -230,9 +221,6 @@ def test_short_analyses_do_not_flicker(
         assert counts_in(terminal.showing("Lanczos")) == [f"2/{TOTAL}"]
     if isinstance(bar, RichProgressBar):
         bar.teardown(trainer, Validated(), "fit")
-
-
-# Trouble --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("methods", [["__init__"], ["show"], ["close"], ["show", "close"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lightning_hesd.commands.report import run_data
 from lightning_hesd.training import folders
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_same_file, lies_in, place
 from tests.training.modules import own_warnings
-from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, earliest, example, loader, make_trainer
+from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, example, keeping, loader, make_trainer
 
 SCRIPT = [Epoch(-0.1, loss=loss) for loss in (0.4, 0.3, 0.2, 0.1)]
 REMOTE = "memory://bucket/run"
@@ -45,10 +44,9 @@ def c_t(history: SpectrumHistory) -> list[float | None]:
 
 
 def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None:
-    checkpoint = HessianCheckpoint(earliest, require_mp=False, tolerance=99.0, save_last=True)
-    observer = HessianSpectrumCallback(
-        loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, on_error="raise", checkpoint=checkpoint
-    )
+    checkpoint = keeping(save_last=True)
+    options: dict[str, Any] = {"num_samples": 2, "on_error": "raise", "checkpoint": checkpoint}
+    observer = HessianSpectrumCallback(loss_fn=lambda m, _: (m.weight - 9) ** 2, **options)
     logger = CSVLogger(REMOTE)
     for _ in range(2):  # the second run overwrites what the first has left
         trainer = make_trainer(REMOTE, [observer], 2, logger=logger)
@@ -68,8 +66,7 @@ def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None
 def fitted(
     where: str, epochs: int, ckpt_path: str | None = None, **arguments: Any
 ) -> tuple[HessianCheckpoint, list[str]]:
-    defaults = {"rule": earliest, "require_mp": False, "tolerance": 9.0, "save_last": True, "dirpath": where}
-    checkpoint = HessianCheckpoint(**{**defaults, **arguments})
+    checkpoint = keeping(**{"save_last": True, "dirpath": where, **arguments})
     trainer = make_trainer("memory://root", [ScriptedSource(SCRIPT), checkpoint], epochs)
     with own_warnings() as said:
         trainer.fit(ScriptedModule(SCRIPT), loader(), ckpt_path=ckpt_path)
@@ -93,19 +90,15 @@ def test_what_cannot_be_reached_is_dropped_with_a_warning(nothing_local: Any) ->
     last = checkpoint.last_model_path
     nothing_local.mv(last, "memory://kept/last.ckpt")
     nothing_local.rm("memory://gone", recursive=True)
-    resumed, said = fitted("memory://new", 3, "memory://kept/last.ckpt")
+    resumed, [text] = fitted("memory://new", 3, "memory://kept/last.ckpt")
     assert [c.epoch for c in resumed.candidates] == [2]
-    assert len(said) == 1
-    assert "cannot be reached" in said[0]
-    assert checkpoint.candidates[0].path in said[0]
+    assert "cannot be reached" in text
+    assert checkpoint.candidates[0].path in text
 
 
 def test_a_link_is_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="only supported for local file paths"):
         fitted("memory://x", 1, save_last="link")
-
-
-# Paths ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["memory://store/a", "local", "file://local"])
@@ -115,8 +108,8 @@ def test_folders(where: str, tmp_path: Path) -> None:
     assert folders.read_text(folder, "x.txt") == ""
     with folders.fetched(folder) as copy:
         assert not (copy / "x.txt").exists()
-    folders.append(folder, "x.txt", "one\n")
-    folders.append(folder, "x.txt", "two\n")
+    for line in ("one\n", "two\n"):
+        folders.append(folder, "x.txt", line)
     assert folders.read_text(folder, "x.txt") == "one\ntwo\n"
     example().save(folder)
     with folders.fetched(folder) as copy:
@@ -137,10 +130,10 @@ def test_paths(tmp_path: Path) -> None:
     assert is_same_file(tmp_path / "link", tmp_path / "file.ckpt")
     assert is_same_file("memory://a/b", "memory://a/b")
     assert not is_same_file("memory://a/b", tmp_path)
+    here = str(tmp_path)
     assert lies_in("memory://a/b.ckpt", "memory://a/", ".ckpt")
-    assert not lies_in("memory://a/../b.ckpt", "memory://a", ".ckpt")
-    assert not lies_in("memory://ab/b.ckpt", "memory://a", ".ckpt")
-    assert not lies_in("memory://a/b.ckpt", str(tmp_path), ".ckpt")
-    assert not lies_in(str(tmp_path / "b.ckpt"), "memory://a", ".ckpt")
-    assert not lies_in(str(tmp_path / "b.txt"), str(tmp_path), ".ckpt")
-    assert lies_in(os.path.join(tmp_path, "b.ckpt"), str(tmp_path), ".ckpt")  # noqa: PTH118
+    assert lies_in(f"{here}/b.ckpt", here, ".ckpt")
+    for path in ("memory://a/../b.ckpt", "memory://ab/b.ckpt", f"{here}/b.ckpt"):
+        assert not lies_in(path, "memory://a", ".ckpt")
+    for path in ("memory://a/b.ckpt", f"{here}/b.txt"):
+        assert not lies_in(path, here, ".ckpt")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
-from tests.training.digits_run import Net, data
-from tests.training.modules import own_warnings
+from lightning_hesd import HessianCheckpoint, SpectrumHistory
+from tests.training.digits_run import Net, callback, data
+from tests.training.modules import freeze, own_warnings
 from tests.training.scripted import make_trainer
 
 # Both are about the checkpoint callback that Lightning adds by default.
@@ -23,51 +21,40 @@ pytestmark = [
 ]
 
 EPOCHS = 4
-OPTIONS: dict[str, Any] = {"steps": 8, "num_samples": 48, "batch_size": 16}
 
 
 def fit(
-    folder: Path,
-    *,
-    loader: Any = None,
-    fail_at: int | None = None,
-    ckpt_path: Path | None = None,
-    tolerance: float = 0.05,
-    **arguments: Any,
+    folder: Path, fail_at: int | None = None, *, loader: Any = None, ckpt_path: Any = None, **options: Any
 ) -> tuple[Any, HessianCheckpoint]:
     """Train in `folder`; every run makes its objects anew, as a new process would."""
     torch.manual_seed(0)
+    tolerance = options.pop("tolerance", 0.05)
     checkpoint = HessianCheckpoint(train_metric="train_acc", tolerance=tolerance, dirpath=folder, save_last=True)
-    callback = HessianSpectrumCallback(**{**OPTIONS, "checkpoint": checkpoint, **arguments})
-    trainer = make_trainer(folder, [callback], EPOCHS)
-    with contextlib.nullcontext() if fail_at is None else pytest.raises(RuntimeError, match="power cut"):
-        trainer.fit(Net(fail_at), data() if loader is None else loader, ckpt_path=ckpt_path)
-    return callback, checkpoint
+    observer = callback(checkpoint=checkpoint, **options)
+    make_trainer(folder, [observer], EPOCHS).fit(Net(fail_at), loader or data(), ckpt_path=ckpt_path)
+    return observer, checkpoint
 
 
-def interrupted(folder: Path, fail_at: int = 2, **arguments: Any) -> Path:
+def interrupted(folder: Path, fail_at: int = 2, **options: Any) -> Path:
     """Train until an epoch fails, and return the checkpoint to resume from."""
-    fit(folder, fail_at=fail_at, **arguments)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(folder, fail_at, **options)
     return folder / "last.ckpt"
 
 
 def assert_same_history(first: Any, second: Any) -> None:
     assert [(r.epoch, r.global_step, r.error) for r in first] == [(r.epoch, r.global_step, r.error) for r in second]
-    for mine, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(mine.spectrum.nodes, other.spectrum.nodes)
-        np.testing.assert_array_equal(mine.spectrum.weights, other.spectrum.weights)
-        assert mine.spectrum.c_t == other.spectrum.c_t
-        assert mine.spectrum.loss == other.spectrum.loss
+    spectra = [[record.spectrum for record in records] for records in (first, second)]
+    found = [freeze([(s.nodes, s.weights, s.c_t, s.loss) for s in each]) for each in spectra]
+    assert found[0] == found[1]
 
 
-def assert_same_weights(first: str, second: str) -> None:
-    weights = [torch.load(path, weights_only=True)["state_dict"] for path in (first, second)]
-    for name, tensor in weights[0].items():
-        assert torch.equal(tensor, weights[1][name]), name
+def weights_in(path: str) -> Any:
+    return freeze(torch.load(path, weights_only=True)["state_dict"])
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[HessianSpectrumCallback, HessianCheckpoint]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, HessianCheckpoint]:
     """A run without an interruption."""
     return fit(tmp_path_factory.mktemp("whole"), at_start=True)
 
@@ -80,27 +67,25 @@ def test_resumed_run_equals_the_uninterrupted_one(whole: Any, tmp_path: Path, fa
     assert_same_history(whole[0].history, resumed.history)
     assert_same_history(SpectrumHistory.load(tmp_path / folder), resumed.history)
     assert len(whole[1].candidates) == len(checkpoint.candidates)
-    assert_same_weights(whole[1].best_model_path, checkpoint.best_model_path)
+    assert weights_in(whole[1].best_model_path) == weights_in(checkpoint.best_model_path)
 
 
 def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -> None:
     """Lightning loads the callbacks' states of whatever checkpoint it tests."""
     torch.manual_seed(0)
-    first = HessianCheckpoint("highest_c_t", train_metric="train_acc", tolerance=1.0)
-    second = HessianCheckpoint("lowest_max_eigenvalue", train_metric="train_acc", tolerance=1.0)
-    callback = HessianSpectrumCallback(**OPTIONS, checkpoint=first)
-    trainer = make_trainer(tmp_path, [callback, second], EPOCHS)
+    rules = [
+        HessianCheckpoint(rule, train_metric="train_acc", tolerance=1.0)  # type: ignore[arg-type]
+        for rule in ("highest_c_t", "lowest_max_eigenvalue")
+    ]
+    observer = callback(checkpoint=rules[0])
+    trainer = make_trainer(tmp_path, [observer, rules[1]], EPOCHS)
     trainer.fit(Net(), data())
-    picks, candidates = [first.best_model_path, second.best_model_path], [first.candidates, second.candidates]
-    assert torch.load(min(first.best_k_models), weights_only=True)["epoch"] < EPOCHS - 1
-    for path in {"best", *first.best_k_models, *second.best_k_models}:
+    kept = [(rule.best_model_path, rule.candidates) for rule in rules]
+    assert torch.load(min(rules[0].best_k_models), weights_only=True)["epoch"] < EPOCHS - 1
+    for path in {"best", *rules[0].best_k_models, *rules[1].best_k_models}:
         trainer.test(dataloaders=data(), ckpt_path=path, verbose=False)
-        assert [r.epoch for r in callback.history] == list(range(EPOCHS))
-        assert [first.best_model_path, second.best_model_path] == picks
-        assert [first.candidates, second.candidates] == candidates
-
-
-# Advice that is followed ----------------------------------------------------------------------------------------------
+        assert [r.epoch for r in observer.history] == list(range(EPOCHS))
+        assert [(rule.best_model_path, rule.candidates) for rule in rules] == kept
 
 
 def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
@@ -108,12 +93,12 @@ def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
     last = interrupted(tmp_path / "first")
     fewer = DataLoader(Subset(data().dataset, range(80)), batch_size=40)
     with own_warnings() as said:
-        callback, _ = fit(tmp_path / "second", ckpt_path=last, loader=fewer)
-    assert [r.error is None for r in callback.history] == [True] * 2 + [False] * 2
+        observer, _ = fit(tmp_path / "second", ckpt_path=last, loader=fewer)
+    assert [r.error is None for r in observer.history] == [True] * 2 + [False] * 2
     assert all("draw other samples with another `num_samples`" in message for message in said[:3])
     with own_warnings() as said:
-        callback, _ = fit(tmp_path / "third", ckpt_path=last, loader=fewer, num_samples=47)
-    assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48] * 2 + [47] * 2
+        observer, _ = fit(tmp_path / "third", ckpt_path=last, loader=fewer, num_samples=47)
+    assert [r.spectrum and r.spectrum.num_samples for r in observer.history] == [48] * 2 + [47] * 2
     assert len(said) == 1
 
 
@@ -135,7 +120,7 @@ def test_a_damaged_state_says_how_to_go_on(
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=advice):
         fit(tmp_path / "second", ckpt_path=path)
-    callback, _ = fit(tmp_path / "third", ckpt_path=path, **changes)
-    assert [r.error for r in callback.history] == [None] * epochs
-    assert callback.checkpoint.best.epoch >= 2
-    assert Path(callback.checkpoint.best_model_path).is_file()
+    observer, _ = fit(tmp_path / "third", ckpt_path=path, **changes)
+    assert [r.error for r in observer.history] == [None] * epochs
+    assert observer.checkpoint.best.epoch >= 2
+    assert Path(observer.checkpoint.best_model_path).is_file()

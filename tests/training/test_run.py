@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_hesd.training import recorder
-from tests.training.modules import Classifier, callback, fit, freeze, loader, plain_loss
+from tests.training.modules import Classifier, Validated, callback, fit, freeze, loader, plain_loss
 
 HOOKS = {"on_train_epoch_end", "on_train_batch_end"}
 EVERYTHING: dict[str, Any] = {
@@ -71,18 +71,10 @@ class StopsEarly(pl.Callback):
         trainer.should_stop = trainer.should_stop or trainer.global_step == 7
 
 
-class Validating(Classifier):
-    def val_dataloader(self) -> Any:
-        return loader()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", plain_loss(self, batch), batch_size=len(batch[1]))
-
-
 @pytest.mark.parametrize("validates", [False, True])
 def test_metrics_where_training_stops_within_an_epoch(validates: bool, tmp_path: Path) -> None:
     observer = callback()
-    module = Validating() if validates else Classifier()
+    module = Validated() if validates else Classifier()
     trainer = fit(tmp_path, observer, StopsEarly(), module=module)
     assert trainer.global_step == observer.history[-1].global_step == 7
     last = observer.history[-1].metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,11 @@ from tests.training.scripted import Epoch, ScriptedModule, loader, make_spectrum
 SECONDS_PER_BATCH = 10  # of which an epoch of the script has two
 
 
+@dataclass
 class Clock:
     """A clock that stands still unless told otherwise."""
 
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
+    now: float = 1000.0
 
     def __call__(self) -> float:
         return self.now
@@ -80,9 +81,6 @@ def epochs_in(callback: HessianSpectrumCallback) -> list[int]:
     return [record.epoch for record in callback.history]
 
 
-# Which analyses run ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -112,6 +110,7 @@ def test_without_a_limit_the_schedule_decides(
         ({"max_overhead": 0.125, "at_start": True}, 5, [-1, 3, 5, 7, 9]),
         ({"max_overhead": 0.125, "every_n_epochs": 3}, 5, [2, 5, 8]),
         ({"max_overhead": 0.125, "epochs": [1, 2, 4, 9]}, 5, [1, 4, 9]),
+        ({"max_overhead": 0.125, "every_n_train_steps": 2}, 5, [0, 3, 5, 7, 9]),
         # The next one is expected to take as long as the last one, not as long as the others on average.
         ({"max_overhead": 0.125}, lambda n: [5, 10, 5][n], [0, 3, 9]),
         ({"max_overhead": 0.125}, lambda n: [20, 0, 0, 0][n], [0]),
@@ -124,13 +123,7 @@ def test_analyses_run_as_far_as_the_training_so_far_pays_for_them(
     callback = make_callback(Clock(), costs, **arguments)
     fit(tmp_path, callback)
     assert epochs_in(callback) == expected
-
-
-def test_steps_are_decided_on_as_well(tmp_path: Path) -> None:
-    callback = make_callback(Clock(), 5, max_overhead=0.125, every_n_train_steps=2)
-    fit(tmp_path, callback)
-    assert analyzed(callback) == [(0, 2), (3, 8), (5, 12), (7, 16), (9, 20)]
-    assert callback.budget.state_dict()["decisions"] == {20: True}  # no more than one, however long the run
+    assert len(callback.budget.state_dict()["decisions"]) <= 1, "however long the run"
 
 
 def test_failed_analyses_cost_time_too(tmp_path: Path) -> None:
@@ -174,9 +167,6 @@ def test_waiting_for_a_device_means_its_kind(monkeypatch: pytest.MonkeyPatch) ->
     for device in ("cpu", "cuda:1", "mps:0"):
         wait_for_device(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device))))  # type: ignore[arg-type]
     assert waited == ["cuda", "mps"]
-
-
-# Several runs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])  # epochs with an analysis and epochs without one
@@ -229,9 +219,6 @@ def test_refitting_goes_on_and_a_new_trainer_starts_anew(tmp_path: Path) -> None
     trainer.fit(ScriptedModule([Epoch(None)] * 6), loader())
     assert epochs_in(callback) == [0, 3, 5]
     assert callback.budget.state_dict()["training_seconds"] == 120
-
-
-# What is logged -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

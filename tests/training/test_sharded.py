@@ -18,7 +18,6 @@ HERE = Path(__file__).parent
 EXACT = 1e-12
 """Of float64: sums over ranks are taken in another order."""
 
-
 Found = list[dict[str, Any]]
 """By rank."""
 
@@ -58,24 +57,15 @@ def runs(launched: list[Found]) -> Found:
     return launched[3]
 
 
-def test_spectra_are_those_of_whole_parameters(spectra: Found) -> None:
-    assert len(spectra[0]["expected"]) == 10
-    check_spectra(spectra)
-
-
-def test_a_rank_without_a_batch_takes_part(launched: list[Found]) -> None:
+@pytest.mark.parametrize(("ranks", "analyses"), [(2, 10), (3, 1)])
+def test_spectra_are_those_of_whole_parameters(launched: list[Found], ranks: int, analyses: int) -> None:
     """Three ranks share two batches."""
-    found = launched[1]
-    assert len(found) == 3
-    check_spectra(found)
-
-
-def check_spectra(ranks: Found) -> None:
-    first, *others = ranks
+    first, *others = launched[ranks - 2]
+    assert (len(others) + 1, len(first["expected"])) == (ranks, analyses)
     for name, expected in first["expected"].items():
         found = first["spectra"][name]
         assert all(rank["spectra"][name] == found for rank in others)
-        for key in ("steps", "strategy", "samples", "dimension"):
+        for key in ("steps", "strategy", "num_samples", "dimension"):
             assert found[key] == expected[key]
         # What the record states of rounding, of which that of differences is the largest part; the loss has its own.
         is_coarse = name == "float32" or name.startswith("differences")
@@ -117,12 +107,9 @@ def test_a_failure_has_its_message_and_leaves_the_ranks_in_step(spectra: Found, 
         assert rank["failures"]["afterwards"] == repr(rank["spectra"]["graph"]["c_t"])
 
 
-def test_weights_gradients_and_random_numbers_are_left_as_they_were(spectra: Found) -> None:
-    assert all(rank["untouched"] for rank in spectra)
-
-
-def test_each_rank_holds_its_share_of_the_vectors(spectra: Found) -> None:
+def test_weights_stay_as_they_were_and_each_rank_holds_its_share_of_the_vectors(spectra: Found) -> None:
     """Basis and vectors are halved; what remains is a layer, gathered, and the graph of the batch."""
+    assert all(rank["untouched"] for rank in spectra)
     alone = spectra[0]["expected bytes"]
     assert alone > 10 * spectra[0]["parameters"]
     assert all(rank["bytes"] < 0.6 * alone for rank in spectra)
@@ -136,8 +123,8 @@ def test_records_are_those_of_one_rank(alone: dict[str, Any], runs: Found) -> No
             for mine, theirs in zip(records, main["records"][name], strict=True):
                 assert theirs["epoch"] == mine["epoch"]
                 assert theirs["num_samples"] == 50
-                assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=1e-9)
-                assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=1e-9)
+                for key in ("c_t", "lambda_max"):
+                    assert theirs[key] == pytest.approx(mine[key], rel=1e-9)
         assert main["layers"]["few"] == pytest.approx(alone["layers"]["few"], rel=1e-9, abs=1e-12)
     assert len({record["c_t"] for record in alone["records"]["hesd"]}) == 2
 
@@ -145,17 +132,13 @@ def test_records_are_those_of_one_rank(alone: dict[str, Any], runs: Found) -> No
 @pytest.mark.usefixtures("runs")
 def test_training_is_the_same_to_the_last_bit(folder: Path) -> None:
     for rank in range(2):
-        weights = {
-            name: torch.load(folder / "run 2" / name / f"weights{rank}.pt") for name in ("main", "bare", "failing")
-        }
-        assert any(p.numel() == 0 for p in weights["bare"]) == (rank == 1)
-        for name in ("main", "failing"):
-            assert all(map(torch.equal, weights[name], weights["bare"]))
+        names = ("main", "failing", "bare")
+        *analyzed, bare = (torch.load(folder / "run 2" / name / f"weights{rank}.pt") for name in names)
+        assert any(p.numel() == 0 for p in bare) == (rank == 1)
+        assert all(all(map(torch.equal, weights, bare)) for weights in analyzed)
 
 
-def test_the_best_checkpoint_is_a_folder_that_can_be_resumed_from(
-    alone: dict[str, Any], runs: list[dict[str, Any]]
-) -> None:
+def test_the_best_checkpoint_is_a_folder_that_can_be_resumed_from(alone: dict[str, Any], runs: Found) -> None:
     for rank in runs:
         best = Path(rank["main"]["best"])
         assert best.name == Path(alone["best"]).name

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_hesd import SharpnessMonitor
@@ -24,12 +21,12 @@ from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.sharpness_monitor import GRADIENTS_PER_MEASUREMENT, GRADIENTS_PER_SEARCH
 from lightning_hesd.training.tracked_record import TrackedRecord, gives_alarm
 from tests.oracles import dense_hessian
-from tests.training import cli_project
+from tests.training.broken import out_of_luck
 from tests.training.logs import read_csv
 from tests.training.modules import (
-    QUIET,
     SIZE,
     Classifier,
+    Copies,
     Recorder,
     callback,
     fit,
@@ -37,9 +34,11 @@ from tests.training.modules import (
     global_generators,
     loader,
     own_warnings,
+    pickled,
     plain_loss,
     samples,
 )
+from tests.training.samples.drawn import FiniteStream
 
 
 def monitor(every: int = 5, **arguments: Any) -> SharpnessMonitor:
@@ -65,28 +64,16 @@ class Adam(Classifier):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-class Weights(pl.Callback):
-    """Keeps a copy of the network after every step."""
-
-    def __init__(self) -> None:
-        self.nets: dict[int, pl.LightningModule] = {}
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        net = Classifier()
-        net.load_state_dict(pl_module.state_dict())
-        self.nets[trainer.global_step] = net
-
-
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
 def test_tracked_values_are_those_of_the_dense_hessian(tmp_path: Path) -> None:
-    weights, tracked = Weights(), monitor(5, num_samples=SIZE)
-    fit(tmp_path, tracked, weights, module=Sgd(), max_epochs=4)
+    copies, tracked = Copies(), monitor(5, num_samples=SIZE)
+    fit(tmp_path, tracked, copies, module=Sgd(), max_epochs=4)
     assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 10, 15, 20]
     everything = samples(list(range(SIZE)))
     for record in tracked.history[::2]:
-        net = weights.nets[record.global_step]
+        net = copies.networks[record.global_step]
         hessian = dense_hessian(net, [everything], plain_loss)
         largest = torch.linalg.eigvalsh(hessian)[-1].item()
         assert 0.9 * largest <= record.tracked_lambda_max <= largest * (1 + 1e-5)
@@ -208,7 +195,7 @@ def test_the_cost_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # The alarm ------------------------------------------------------------------------------------------------------------
 
 
-def losses_of(trainer: pl.Trainer) -> float:
+def last_loss(trainer: pl.Trainer) -> float:
     return float(trainer.callback_metrics["train_loss_step"])
 
 
@@ -217,7 +204,7 @@ def test_an_alarm_precedes_divergence(tmp_path: Path) -> None:
     tracked = monitor(5, num_samples=SIZE)
     with own_warnings() as said:
         trainer = fit(tmp_path, tracked, module=Sgd(0.05, 1.1), max_epochs=14)
-    assert losses_of(trainer) > 5
+    assert last_loss(trainer) > 5
     alarms = [text for text in said if "near the edge of stability" in text]
     assert len(alarms) == 1
     step = next(
@@ -232,7 +219,7 @@ def test_no_alarm_in_a_healthy_training(tmp_path: Path) -> None:
     tracked = monitor(5, num_samples=SIZE)
     with own_warnings() as said:
         trainer = fit(tmp_path, tracked, module=Sgd(0.1), max_epochs=14)
-    assert losses_of(trainer) < 2
+    assert last_loss(trainer) < 2
     assert min(record.headroom for record in tracked.history) > 2
     assert not said
 
@@ -244,20 +231,15 @@ def test_early_stopping_stops_before_divergence(tmp_path: Path) -> None:
     with own_warnings() as said:
         trainer = fit(tmp_path, monitor(5, num_samples=SIZE), stop, module=Sgd(0.05, 1.1), max_epochs=14)
     assert 0 < stop.stopped_epoch < 13
-    assert losses_of(trainer) < 5
+    assert last_loss(trainer) < 5
     assert len(said) <= 1
 
 
-def record(step: int, headroom: float | None) -> TrackedRecord:
-    return TrackedRecord(step, 3, 2.0, None, None, None, headroom)
-
-
-@pytest.mark.parametrize(
-    ("headrooms", "alarm"),
-    [([], False), ([0.5], False), ([0.5, 2.0, 0.5], False), ([2.0, 1.1, 1.1], True), ([1.1, None, 1.1, 3.0], True)],
-)
-def test_one_low_value_is_no_alarm(headrooms: list[float | None], alarm: bool) -> None:
-    assert gives_alarm([record(step, value) for step, value in enumerate(headrooms)], 1.2) is alarm
+def test_one_low_value_is_no_alarm() -> None:
+    quiet: list[list[float | None]] = [[], [0.5], [0.5, 2.0, 0.5]]
+    for headrooms in [*quiet, [2.0, 1.1, 1.1], [1.1, None, 1.1, 3.0]]:
+        records = [TrackedRecord(step, 3, 2.0, None, None, None, value) for step, value in enumerate(headrooms)]
+        assert gives_alarm(records, 1.2) is (headrooms not in quiet)
 
 
 # Resuming, copies -----------------------------------------------------------------------------------------------------
@@ -303,7 +285,7 @@ def test_the_original_shows_the_records_of_its_copy(tmp_path: Path) -> None:
     copied = copy.deepcopy(tracked)
     fit(tmp_path, copied, module=Sgd())
     assert tracked.history == copied.history != []
-    again = pickle.loads(pickle.dumps(copied))  # noqa: S301
+    again = pickled(copied)
     assert again.history == copied.history
     assert again.every_n_train_steps == 5
     assert again._tracker._vectors == []
@@ -347,53 +329,37 @@ def test_without_a_threshold_the_eigenvalue_is_tracked(optimizer: Any, reason: s
     assert all(record.tracked_lambda_max > 0 and record.headroom is None for record in tracked.history)
 
 
-def fails(module: Any, batch: Any) -> Tensor:
-    msg = "no loss today"
-    raise OSError(msg)
-
-
 def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path) -> None:
-    tracked = monitor(1, loss_fn=fails, on_error="warn", mode="eval")
+    tracked = monitor(1, loss_fn=out_of_luck, on_error="warn", mode="eval")
     with own_warnings() as said:
         trainer = fit(tmp_path, tracked, module=Sgd())
     [text] = said
-    assert "SharpnessMonitor has no value after step 1. OSError: no loss today" in text
+    assert "SharpnessMonitor has no value after step 1. OSError: no luck" in text
     assert trainer.global_step == 10
     assert tracked.history == []
-    with pytest.raises(OSError, match="no loss today"):
-        fit(tmp_path, monitor(1, loss_fn=fails, mode="eval"), module=Sgd())
+    with pytest.raises(OSError, match="no luck"):
+        fit(tmp_path, monitor(1, loss_fn=out_of_luck, mode="eval"), module=Sgd())
 
 
-def test_sharded_parameters_get_a_reason_and_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(trainer: Any, option: str) -> None:
-        msg = f"`{option}` is not available with ModelParallelStrategy"
-        raise strategies.MisconfigurationException(msg)
-
-    monkeypatch.setattr(strategies, "check_whole", refuse)
-    tracked = monitor(1, on_error="warn")
+@pytest.mark.parametrize(
+    ("sharded", "reason"),
+    [(True, "OSError: no luck"), (False, "pass the callback `loss_fn=`")],
+    ids=["sharded", "by hand"],
+)
+def test_what_cannot_be_tracked_has_a_reason_and_no_number(
+    sharded: bool, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked, module = monitor(1, on_error="warn"), Sgd()
+    module.automatic_optimization = sharded
+    if sharded:  # which takes several processes
+        monkeypatch.setattr(strategies, "check_whole", out_of_luck)
     with own_warnings() as said:
-        fit(tmp_path, tracked, module=Sgd())
+        fit(tmp_path, tracked, module=module)
     [text] = said
     assert "SharpnessMonitor will not track the sharpness. " in text
-    assert "`SharpnessMonitor` is not available with ModelParallelStrategy" in text
-    assert tracked.history == []
-
-
-def test_messages_name_the_monitor(tmp_path: Path) -> None:
-    class ByHand(Sgd):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            pass
-
-    with own_warnings() as said:
-        fit(tmp_path, monitor(1, on_error="warn"), module=ByHand(), limit_train_batches=1)
-    [text] = said
-    assert "SharpnessMonitor will not track the sharpness. " in text
-    assert "pass the callback `loss_fn=`" in text
+    assert reason in text
     assert "HessianSpectrumCallback" not in text
+    assert tracked.history == []
 
 
 def test_names_must_differ(tmp_path: Path) -> None:
@@ -421,34 +387,15 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
         monitor(**arguments)
 
 
-@pytest.mark.parametrize("option", ["steps", "probes", "track_eigenvectors"])
-def test_options_that_it_does_not_have(option: str) -> None:
-    with pytest.raises(TypeError, match=f"SharpnessMonitor has no option '{option}'"):
-        monitor(**{option: 7})
+def test_options_that_it_does_not_have() -> None:
+    for option in ("steps", "probes", "track_eigenvectors"):
+        with pytest.raises(TypeError, match=f"SharpnessMonitor has no option '{option}'"):
+            monitor(**{option: 7})
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_sample'"):
         monitor(num_sample=1, num_samples=2)
 
 
-def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", [""])
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
-    callbacks = [{"class_path": "lightning_hesd.SharpnessMonitor", "init_args": {"every_n_train_steps": 2, "seed": 3}}]
-    trainer = {**QUIET, "max_epochs": 1, "enable_checkpointing": False, "default_root_dir": str(tmp_path)}
-    config = tmp_path / "config.yaml"
-    values = {"seed_everything": 0, "trainer": {**trainer, "callbacks": callbacks}, "model": {"width": 6}}
-    config.write_text(json.dumps(values))
-    arguments = ["fit", "--config", str(config)]
-    cli = LightningCLI(cli_project.Net, cli_project.Data, args=arguments, save_config_callback=None)
-    [tracked] = [each for each in cli.trainer.callbacks if isinstance(each, SharpnessMonitor)]
-    assert (tracked.every_n_train_steps, tracked._analyzer._options.seed) == (2, 3)
-    assert tracked.history
-
-
 def test_batches_that_cannot_be_drawn_are_kept_from_training(tmp_path: Path) -> None:
-    class Stream(torch.utils.data.IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return (tuple(part[0] for part in samples([at])) for at in range(SIZE))
-
     tracked = monitor()
-    fit(tmp_path, tracked, module=Sgd(), data=torch.utils.data.DataLoader(Stream(), batch_size=8))
+    fit(tmp_path, tracked, module=Sgd(), data=loader(FiniteStream(99)), limit_train_batches=5)
     assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 10]

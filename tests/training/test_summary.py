@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import math
 import sys
@@ -25,7 +24,8 @@ from lightning_hesd.spectra.summary import GAP, MAX_ROWS, Kept, Summary, summari
 from lightning_hesd.training import closing, terminal
 from lightning_hesd.training.compat import messages
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.modules import Classifier, callback, fit
+from tests.training.broken import raising
+from tests.training.modules import Validated, callback, fit
 from tests.training.scripted import make_spectrum
 from tests.training.terminals import BARS, Terminal, scripted, train
 
@@ -47,9 +47,6 @@ def summary(*records: SpectrumRecord, **arguments: Any) -> Summary:
 
 def cells(found: Summary, column: str) -> list[str]:
     return [row[found.header.index(column)] for row in found.rows]
-
-
-# Words ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,10 +75,13 @@ def test_lines_fit_into_a_terminal() -> None:
     assert "MP?, ±0.0012 by sampling" in analysis_lines(replace(made, epoch=0), "x")[0]
 
 
-def test_the_criteria_have_their_caveat(tmp_path: Path) -> None:
+def test_the_criteria_have_their_caveat() -> None:
     made = replace(record(0), generalization=make_spectrum(-0.2))
     words = made.assessment.words
-    assert analysis_lines(made, "x")[-1] == f"x: epoch 0, criteria {words} (experimental, right in 18/40)"
+    first, second, third = analysis_lines(made, "x")
+    assert first.startswith("x: epoch 0, C_t = -0.1 [")
+    assert second.startswith("x: epoch 0, gen C_t = -0.2 [")
+    assert third == f"x: epoch 0, criteria {words} (experimental, right in 18/40)"
     assert f"{TITLE} ({CAVEAT})" in summary(made).notes
     assert str(made.assessment).startswith(f"{TITLE} ({CAVEAT}): {words}; ")
 
@@ -104,31 +104,26 @@ class TestTable:
         )
         assert "epoch 1 failed: RuntimeError: no luck" in found.notes
 
-    def test_a_reason_is_given_once(self):
+    def test_notes_give_a_reason_once_and_explain_the_question_mark_of_an_open_type(self):
         notes = summary(failed(0), record(1), failed(2), failed(3)).notes
         assert [note for note in notes if "no luck" in note] == ["epoch 0 and 2 more failed: RuntimeError: no luck"]
+        found = summary(replace(record(0), spectrum=replace(make_spectrum(-0.5), residuals=[[0.3, 0.3]])))
+        assert cells(found, "type") == ["MP?"]
+        assert "?: the interval contains both types, or is not verified" in found.notes
 
     def test_steps_where_epochs_have_several(self):
         found = summary(record(0, step=5, loss=0.5), record(0, -0.05, step=10, loss=0.3))
         assert cells(found, "step") == ["5", "10"]
-        assert found.notes[0] == (
-            "highest C_t would pick epoch 0, step 10 (MP, loss within 0.01, 5% of its drop, of the lowest)"
-        )
+        pick = "highest C_t would pick epoch 0, step 10 (MP, loss within 0.01, 5% of its drop, of the lowest)"
+        assert found.notes[0] == pick
         assert "step" not in summary(record(0), record(1)).header
-
-    def test_an_open_type_has_a_question_mark(self):
-        spectrum = replace(make_spectrum(-0.5), residuals=[[0.3, 0.3]])
-        found = summary(SpectrumRecord(0, 1, spectrum))
-        assert cells(found, "type") == ["MP?"]
-        assert "?: the interval contains both types, or is not verified" in found.notes
 
     def test_seconds_are_those_of_all_spectra(self):
         """Layers are computed together, and count once."""
         layers = {"a": make_spectrum(-0.2), "b": make_spectrum(-0.1)}
         made = replace(record(0), generalization=make_spectrum(-0.2), layers=layers)
-        found = summary(made)
-        assert cells(found, "s") == ["0.3"]
-        assert cells(found, "criteria") == [made.assessment.words]
+        assert cells(summary(made), "s") == ["0.3"]
+        assert cells(summary(made), "criteria") == [made.assessment.words]
 
     def test_picks_of_checkpoints_come_before_those_of_losses(self):
         """A checkpoint may go by another metric than the loss, and its file is what can be loaded."""
@@ -141,9 +136,10 @@ class TestTable:
         assert cells(found, "pick") == ["C_t", "my_rule, λ_max"]
         assert found.notes == ("lowest λ_max would pick epoch 1 (MP, loss within 0, 5% of its drop, of the lowest)",)
 
-    def test_nothing_is_picked_of_mn_spectra_or_of_the_start(self):
+    def test_nothing_is_picked_of_mn_spectra_or_of_the_start_and_nothing_shown_of_nothing(self):
         for records in ((record(0, -0.9),), (record(-1, -0.1, step=0), failed(0))):
             assert "pick" not in summary(*records).header
+        assert summarize([], "hesd", seconds=0.0, overhead=None, kept={}) is None
 
     def test_long_runs_are_shortened_around_the_picks(self):
         records = [record(n, -0.1 - 0.001 * abs(n - 101), lambda_max=1 + abs(n - 57)) for n in range(150)]
@@ -171,12 +167,6 @@ class TestTable:
         assert not {"candidate", "s", "loss", "λ_max"} & set(found.within(40).header)
         assert {"epoch", "C_t", "[interval]", "type", "criteria", "pick"} <= set(narrow.header)
         assert all(len(line) < 80 for line in str(narrow).splitlines()[1 : len(made) + 2])
-
-    def test_nothing_analyzed(self):
-        assert summarize([], "hesd", seconds=0.0, overhead=None, kept={}) is None
-
-
-# On the screen --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -274,7 +264,7 @@ def test_once_per_fit_and_not_in_a_development_run(tmp_path: Path, capsys: pytes
     observer = callback(verbose=True)
     trainer = fit(tmp_path, observer)
     assert capsys.readouterr().out.count("× the training time") == 1
-    trainer.validate(Validating(), dataloaders=[0], verbose=False)
+    trainer.validate(Validated(), verbose=False)
     assert "training time" not in capsys.readouterr().out
     fit(tmp_path, observer)
     assert capsys.readouterr().out.count("× the training time") == 1
@@ -282,11 +272,6 @@ def test_once_per_fit_and_not_in_a_development_run(tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out
     assert "hesd: epoch 0, C_t = " in out
     assert "training time" not in out
-
-
-class Validating(Classifier):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
 
 
 def test_picks_of_all_checkpoints_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,12 +285,12 @@ def test_picks_of_all_checkpoints_of_the_run(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_rank_zero_only(capsys: pytest.CaptureFixture[str]) -> None:
-    for rank, printed in ((0, True), (1, False)):
-        trainer: Any = SimpleNamespace(is_global_zero=rank == 0, progress_bar_callback=None)
+    for is_zero in (True, False):
+        trainer: Any = SimpleNamespace(is_global_zero=is_zero, progress_bar_callback=None)
         terminal.say(trainer, "hello")
         terminal.show(trainer, lambda: summary(record(0)))
         out = capsys.readouterr().out
-        assert (out.startswith("hello\n"), "hesd: 1 analysis" in out) == (printed, printed)
+        assert (out.startswith("hello\n"), "hesd: 1 analysis" in out) == (is_zero, is_zero)
 
 
 def test_what_is_said_of_a_run_without_a_rule() -> None:
@@ -335,16 +320,10 @@ def test_a_terminal_without_greek(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_rich(monkeypatch: pytest.MonkeyPatch, screen: Terminal) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "rich":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr(builtins, "__import__", without)
-    terminal.show(TRAINER, lambda: summary(record(0)))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "rich", None)
+        terminal.show(TRAINER, lambda: summary(record(0)))
     assert [line for line in screen.lines if line] == str(summary(record(0))).splitlines()
 
 
@@ -357,9 +336,5 @@ def test_nothing_is_markup(monkeypatch: pytest.MonkeyPatch, screen: Terminal) ->
 
 
 def test_a_failure_is_a_warning() -> None:
-    def fail() -> None:
-        msg = "the screen is gone"
-        raise OSError(msg)
-
     with pytest.warns(RuntimeWarning, match="cannot print the summary.*the screen is gone"):
-        terminal.show(TRAINER, fail)
+        terminal.show(TRAINER, raising(OSError("the screen is gone")))

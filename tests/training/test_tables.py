@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from lightning_hesd import SpectrumHistory
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.scripted import make_spectrum
+from tests.training.scripted import history, make_spectrum
 
 pd = pytest.importorskip("pandas")
 
@@ -23,12 +22,6 @@ SPECTRUM_COLUMNS = [
     *("k_h05", "c_t_sampling_error", "squared_weight_norm", "subspace_overlap", "loss", "seconds"),
 ]
 DESCRIPTION = ["hesd_type", "type_certain", "verified", "steps", "num_samples"]
-
-
-def history(*records: SpectrumRecord) -> SpectrumHistory:
-    found = SpectrumHistory()
-    found.extend(records)
-    return found
 
 
 def full_record() -> SpectrumRecord:
@@ -53,9 +46,7 @@ def test_a_row_has_the_scalars_that_are_logged() -> None:
     named |= {key: f"x/{key}" for key in ("delta_r_e", "delta_k_h05", "stability_ratio")}
     for column, key in named.items():
         assert row[column] == logged[key] if key in logged else math.isnan(row[column]), column
-    assert row["c_t"] == -0.25
-    assert row["gen_c_t"] == -0.9
-    assert row["stability_ratio"] == 0.5
+    assert (row["c_t"], row["gen_c_t"], row["stability_ratio"]) == (-0.25, -0.9, 0.5)
     assert (row["epoch"], row["global_step"]) == (3, 40)
     assert (row["hesd_type"], row["type_certain"], row["steps"], row["num_samples"]) == ("MP", True, 2, 8)
     assert row["verdict"] == "poor"
@@ -72,15 +63,12 @@ def test_a_failed_analysis_is_a_row_of_nothing_but_its_error() -> None:
     assert table.error[1] == "RuntimeError: no luck"
 
 
-def test_an_undefined_c_t_is_missing_but_not_the_rest() -> None:
-    row = history(SpectrumRecord(0, 10, make_spectrum(math.nan))).to_dataframe().iloc[0]
-    assert row[["c_t", "c_t_low", "c_t_high", "hesd_type", "type_certain"]].isna().all()
-    assert row.loss == 0.5
-
-
-def test_no_positive_curvature_is_minus_infinity() -> None:
-    record = SpectrumRecord(0, 10, replace(make_spectrum(-0.5), nodes=[[-2.0, -1.0]]))
-    assert history(record).to_dataframe().c_t.tolist() == [-math.inf]
+def test_an_undefined_c_t_is_missing_and_without_positive_curvature_it_is_minus_infinity() -> None:
+    negative = SpectrumRecord(1, 20, replace(make_spectrum(-0.5), nodes=[[-2.0, -1.0]]))
+    table = history(SpectrumRecord(0, 10, make_spectrum(math.nan)), negative).to_dataframe()
+    assert table.loc[0, ["c_t", "c_t_low", "c_t_high", "hesd_type", "type_certain"]].isna().all()
+    assert table.loss[0] == 0.5
+    assert table.c_t[1] == -math.inf
 
 
 @pytest.mark.parametrize("records", [(), (FAILED,), (SpectrumRecord(0, 10, make_spectrum(-0.2)), FAILED)])
@@ -88,15 +76,11 @@ def test_columns_and_their_kinds_do_not_depend_on_what_was_found(records: tuple[
     table = history(*records).to_dataframe()
     kinds: dict[str, Any] = {column: str(kind) for column, kind in table.dtypes.items()}
     assert kinds == {
-        "epoch": "int64",
-        "global_step": "int64",
+        **dict.fromkeys(["epoch", "global_step"], "int64"),
         **dict.fromkeys(SPECTRUM_COLUMNS, "float64"),
-        "hesd_type": "string",
+        **dict.fromkeys(["hesd_type", "verified", "error"], "string"),
+        **dict.fromkeys(["steps", "num_samples"], "Int64"),
         "type_certain": "boolean",
-        "verified": "string",
-        "steps": "Int64",
-        "num_samples": "Int64",
-        "error": "string",
     }
     assert len(table) == len(records)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 import runpy
 import shutil
 import struct
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,9 +22,10 @@ from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.spectra.assessment import SHORT_CAVEAT
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training import loggers
-from tests.training.digits_run import Net, data
+from tests.training.broken import raising
+from tests.training.digits_run import Net, callback, data
 from tests.training.logs import read_csv
-from tests.training.modules import global_generators
+from tests.training.modules import global_generators, seed
 from tests.training.scripted import make_trainer
 
 EPOCHS = 2
@@ -35,22 +35,13 @@ STEPS = [3, 7]
 SUFFIXES = ["", "_gen"]
 
 
-def spectra(**arguments: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(steps=8, num_samples=48, batch_size=16, **arguments)
-
-
 def train(folder: Path, loggers: list[Logger], *callbacks: HessianSpectrumCallback, fail_at: int | None = None) -> Net:
     for logger in loggers:
         _ = logger.experiment  # MLflow itself draws the name of a run from Python's generator
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - what a logger might draw from
-    torch.manual_seed(0)
+    seed()
     trainer = make_trainer(folder, list(callbacks), EPOCHS, logger=loggers, enable_checkpointing=False)
     trainer.fit(module := Net(fail_at), data())
     return module
-
-
-# Clients on local files -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,10 +51,9 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     folder = tmp_path_factory.mktemp("clients")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "DIR"):
-            patch.setenv(f"WANDB_{name}", str(folder))
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
+        folders = dict.fromkeys(("DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "DIR"), str(folder))
+        for name, value in {**folders, "MODE": "offline", "SILENT": "true"}.items():
+            patch.setenv(f"WANDB_{name}", value)
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # 3.17 without a data base refuses otherwise
         patch.setenv("MLFLOW_TRACKING_URI", "")  # the client sets it
         yield
@@ -183,11 +173,7 @@ def assert_same(first: SpectrumHistory, second: SpectrumHistory) -> None:
             np.testing.assert_equal(a.to_dict(), b.to_dict())
 
 
-# One run with both ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
+class Run(NamedTuple):
     history: Any
     module: Net
     generators: Any
@@ -199,11 +185,10 @@ class Run:
 def run(clients: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     wandb, mlflow = WandbLogger(save_dir=folder), MLFlowLogger(tracking_uri=f"file://{folder}/mlruns")
-    callback = spectra(generalization_dataloader=data(), layers="auto")
-    module = train(folder, [wandb, mlflow], callback)
-    generators = global_generators()
-    assert [list(record.spectra) for record in callback.history] == [SUFFIXES] * EPOCHS
-    return Run(callback.history, module, generators, WandbFiles(wandb), MLflowFiles(mlflow))
+    observer = callback(generalization_dataloader=data(), layers="auto")
+    module, generators = train(folder, [wandb, mlflow], observer), global_generators()
+    assert [list(record.spectra) for record in observer.history] == [SUFFIXES] * EPOCHS
+    return Run(observer.history, module, generators, WandbFiles(wandb), MLflowFiles(mlflow))
 
 
 def test_scalars_are_those_of_the_history(run: Run) -> None:
@@ -281,73 +266,66 @@ def test_both_keep_the_history_as_artifacts(run: Run, tmp_path: Path) -> None:
 
 def test_training_is_the_same_without_any_of_it(run: Run, tmp_path: Path) -> None:
     plain = train(tmp_path, [])
-    for mine, other in zip(run.module.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine, other)
-    for mine, other in zip(run.generators, global_generators(), strict=True):
-        np.testing.assert_equal(mine, other)
-
-
-# Where something is amiss ---------------------------------------------------------------------------------------------
+    assert all(map(torch.equal, run.module.parameters(), plain.parameters()))
+    assert run.generators == global_generators()
 
 
 def test_a_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     """Of several loggers the first decides; MLflow takes every folder of its store for an experiment."""
-    callback = spectra()
+    observer = callback()
     mlflow = MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
-    train(tmp_path, [mlflow], callback)
-    assert_same(SpectrumHistory.load(tmp_path / "mlruns" / mlflow.experiment_id / mlflow.run_id), callback.history)
+    train(tmp_path, [mlflow], observer)
+    assert_same(SpectrumHistory.load(tmp_path / "mlruns" / mlflow.experiment_id / mlflow.run_id), observer.history)
     experiments = {experiment.experiment_id for experiment in mlflow.experiment.search_experiments()}
     folders = {path.name for path in (tmp_path / "mlruns").iterdir() if not path.name.startswith((".", "models"))}
     assert folders == experiments
 
     wandb = WandbLogger(save_dir=tmp_path, project="p")
-    train(tmp_path, [wandb], callback)
-    assert_same(SpectrumHistory.load(tmp_path / "p" / wandb.experiment.id), callback.history)
+    train(tmp_path, [wandb], observer)
+    assert_same(SpectrumHistory.load(tmp_path / "p" / wandb.experiment.id), observer.history)
     wandb.experiment.finish()
 
 
-def fail(*_args: Any, **_kwargs: Any) -> None:
-    msg = "server gone"
-    raise OSError(msg)
+fail = raising(OSError("server gone"))
 
 
 @pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning")
 def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here with a name that neither of both takes as it is."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
-    callback = spectra(name="λ (all)")
+    observer = callback(name="λ (all)")
     monkeypatch.setattr("lightning_hesd.training.loggers.trackers.MLflowOutput.write", fail)
     with pytest.warns(RuntimeWarning, match="server gone") as caught:
-        train(tmp_path, [mlflow, wandb], callback)
+        train(tmp_path, [mlflow, wandb], observer)
     assert sum("server gone" in str(warning.message) for warning in caught) == EPOCHS
     files = WandbFiles(wandb)
     assert list(files.values("λ (all)/density")) == STEPS
-    assert_same(files.history(tmp_path / "artifact"), callback.history)
+    assert_same(files.history(tmp_path / "artifact"), observer.history)
     assert [artifact.name for artifact in files.artifacts] == [f"___all_-{wandb.version}"]
     mlflow_files = MLflowFiles(mlflow)
     assert list(mlflow_files.metric(" all/c_t")) == STEPS
     folder = mlflow_files.client.download_artifacts(mlflow.run_id, "all", str(tmp_path))
-    assert_same(SpectrumHistory.load(folder), callback.history)
+    assert_same(SpectrumHistory.load(folder), observer.history)
 
 
 def test_training_that_fails_leaves_its_spectra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what goes wrong then does not hide why it failed, even if errors are to be raised."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
-    callback = spectra(on_error="raise")
+    observer = callback(on_error="raise")
     monkeypatch.setattr("lightning_hesd.training.loggers.trackers.MLflowOutput.finish", fail)
     with (
         pytest.raises(RuntimeError, match="power cut"),
         pytest.warns(RuntimeWarning, match="cannot write the spectra at the end of training. OSError: server gone"),
     ):
-        train(tmp_path, [wandb, mlflow], callback, fail_at=1)
-    assert [record.epoch for record in callback.history] == [0]
-    assert_same(WandbFiles(wandb).history(tmp_path / "artifact"), callback.history)
+        train(tmp_path, [wandb, mlflow], observer, fail_at=1)
+    assert [record.epoch for record in observer.history] == [0]
+    assert_same(WandbFiles(wandb).history(tmp_path / "artifact"), observer.history)
     assert MLflowFiles(mlflow).run.info.status == "FAILED"
 
 
 def test_without_an_analysis_there_is_no_artifact(tmp_path: Path) -> None:
     wandb = WandbLogger(save_dir=tmp_path)
-    train(tmp_path, [wandb], spectra(epochs=[9]))
+    train(tmp_path, [wandb], callback(epochs=[9]))
     assert WandbFiles(wandb).artifacts == []
 
 
@@ -382,7 +360,7 @@ class WritesItself(Net):
 
 def test_clients_get_nothing_from_an_analysis(tmp_path: Path) -> None:
     loggers = [WandbLogger(save_dir=tmp_path, offline=True), MLFlowLogger(save_dir=str(tmp_path / "ml"))]
-    trainer = make_trainer(tmp_path, [spectra()], 1, logger=loggers, enable_checkpointing=False)
+    trainer = make_trainer(tmp_path, [callback()], 1, logger=loggers, enable_checkpointing=False)
     sys.modules["mlflow"].set_tracking_uri(str(tmp_path / "ml"))
     trainer.fit(WritesItself(), data())
     client, run_id = loggers[1].experiment, loggers[1].run_id

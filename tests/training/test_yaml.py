@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, hessian_spectrum
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SharpnessMonitor, hessian_spectrum
 from lightning_hesd.commands.cli import main as command
 from tests.training import cli_project
 
@@ -57,22 +57,15 @@ def cli(config: str | Path, *args: str, run: bool = False) -> LightningCLI:
     if isinstance(config, str):
         Path("given.yaml").write_text(config)
         config = Path("given.yaml")
-    return LightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        run=run,
-        args=[*(["fit"] if run else []), "--config", str(config), *args],
-    )
+    given = [*(["fit"] if run else []), "--config", str(config), *args]
+    classes = {"subclass_mode_model": True, "subclass_mode_data": True}
+    return LightningCLI(pl.LightningModule, pl.LightningDataModule, run=run, args=given, **classes)
 
 
 def only(trainer: Any, kind: type) -> Any:
     [found] = [callback for callback in trainer.callbacks if isinstance(callback, kind)]
     return found
 
-
-# Options of every kind ------------------------------------------------------------------------------------------------
 
 READ: dict[str, Callable[[Any], Any]] = {
     "every_n_epochs": lambda c: c.schedule.every_n_epochs,
@@ -155,8 +148,6 @@ def test_options_on_the_command_line() -> None:
     assert found.options.steps == 9
 
 
-# Errors ---------------------------------------------------------------------------------------------------------------
-
 UNREADABLE: list[tuple[dict[str, Any], str]] = [
     (spectra_config(step=5), "Option 'step' is not accepted"),
     (spectra_config(steps="many"), r'key "steps":\s+Expected a <class \'int\'>'),
@@ -188,25 +179,18 @@ def test_wrong_values_are_said_as_in_python() -> None:
         cli(configuration(spectra_config(every_n_epochs=2, epochs=[1])))
 
 
-# Configurations that come back ----------------------------------------------------------------------------------------
-
-
-def printed(config: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+def printed(config: str | Path, option: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli(config, "--print_config")
+        cli(config, option)
     assert ended.value.code == 0
     return capsys.readouterr().out
 
 
 def test_print_config_shows_all_options_and_can_be_read_again(capsys: pytest.CaptureFixture[str]) -> None:
-    given = {
-        "loss_fn": f"{PROJECT}.plain_loss",
-        "layers": ["torch.nn.Linear"],
-        "dtype": "torch.float64",
-        "checkpoint": checkpoint_config(rule=f"{PROJECT}.negated_loss"),
-    }
-    text = printed(configuration(spectra_config(**given)), capsys)
+    given = {"loss_fn": f"{PROJECT}.plain_loss", "dtype": "torch.float64"}
+    others = {"layers": ["torch.nn.Linear"], "checkpoint": checkpoint_config(rule=f"{PROJECT}.negated_loss")}
+    text = printed(configuration(spectra_config(**given, **others)), "--print_config", capsys)
     assert "<" not in text
     [callback] = yaml.safe_load(text)["trainer"]["callbacks"]
     shown = callback["init_args"]
@@ -217,18 +201,16 @@ def test_print_config_shows_all_options_and_can_be_read_again(capsys: pytest.Cap
         if parameter.kind is not parameter.VAR_KEYWORD and name not in {"module", "batches"}
     }
     assert set(shown) == set(defaults)
-    named = {key: given[key] for key in ("loss_fn", "dtype")}
-    for key, value in (defaults | named).items():
-        assert key in {"layers", "checkpoint"} or shown[key] == value, key
+    for key, value in (defaults | given).items():
+        assert key in others or shown[key] == value, key
     assert shown["checkpoint"]["init_args"]["rule"] == f"{PROJECT}.negated_loss"
     assert not set(shown["checkpoint"]["init_args"]) & {"monitor", "every_n_epochs", "save_top_k"}
-    assert printed(text, capsys) == text
+    assert printed(text, "--print_config", capsys) == text
 
 
 def test_help_knows_types_and_meanings(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli(configuration(), "--trainer.callbacks.help=lightning_hesd.HessianSpectrumCallback")
-    text = " ".join(capsys.readouterr().out.split())
+    option = "--trainer.callbacks.help=lightning_hesd.HessianSpectrumCallback"
+    text = " ".join(printed(configuration(), option, capsys).split())
     assert "Unvalidated" not in text
     assert "Number of independent start vectors. (type: int, default: 1)" in text
     assert "(type: Union[float, Literal['type', 'auto'], null], default: null)" in text
@@ -236,17 +218,10 @@ def test_help_knows_types_and_meanings(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.filterwarnings("ignore:none of the epochs:RuntimeWarning")
 def test_a_run_can_be_repeated_and_analysed_from_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    spectra = spectra_config(
-        num_samples=16,
-        steps=6,
-        parameters=f"{PROJECT}.without_biases",
-        loss_fn=f"{PROJECT}.plain_loss",
-        layers=["torch.nn.Linear"],
-        generalization_dataloader="val",
-        preconditioner="optimizer",
-        on_error="raise",
-        checkpoint=checkpoint_config(tolerance=9.0, require_mp=False),
-    )
+    options = {"generalization_dataloader": "val", "preconditioner": "optimizer", "layers": ["torch.nn.Linear"]}
+    options |= {"parameters": f"{PROJECT}.without_biases", "loss_fn": f"{PROJECT}.plain_loss"}
+    rule = checkpoint_config(tolerance=9.0, require_mp=False)
+    spectra = spectra_config(**options, num_samples=16, steps=6, on_error="raise", checkpoint=rule)
     first = cli(configuration(spectra, max_epochs=1), run=True).trainer
     records = only(first, HessianSpectrumCallback).history
     assert [record.epoch for record in records] == [0]
@@ -269,9 +244,13 @@ def test_a_run_can_be_repeated_and_analysed_from_its_configuration(capsys: pytes
     assert "[1/1]" in capsys.readouterr().out
 
 
-def test_a_checkpoint_beside_the_callback() -> None:
+def test_a_checkpoint_and_a_monitor_beside_the_callback() -> None:
     checkpoint = checkpoint_config(rule="lowest_max_eigenvalue", require_mp=False, dirpath="kept")
-    trainer = cli(configuration(spectra_config(num_samples=8, steps=3), checkpoint), run=True).trainer
+    monitor = {"class_path": "lightning_hesd.SharpnessMonitor", "init_args": {"every_n_train_steps": 2, "seed": 3}}
+    trainer = cli(configuration(spectra_config(num_samples=8, steps=3), checkpoint, monitor), run=True).trainer
+    tracked = only(trainer, SharpnessMonitor)
+    assert (tracked.every_n_train_steps, tracked._analyzer._options.seed) == (2, 3)
+    assert tracked.history
     rule = only(trainer, HessianCheckpoint)
     assert rule.source is only(trainer, HessianSpectrumCallback)
     assert Path(rule.best_model_path).parent.name == "kept"

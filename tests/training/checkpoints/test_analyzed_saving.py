@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelPruning
 from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
-from tests.training.modules import Classifier, fit, freeze, loader, own_warnings, plain_loss
+from tests.training import scripted
+from tests.training.modules import Classifier, callback, fit, freeze, loader, own_warnings, plain_loss
 
 EPOCHS = 3
 STEPS = 5
@@ -32,15 +34,9 @@ class Witness(pl.Callback):
         self.log("epochs", float(trainer.current_epoch))
 
 
-class Changing(pl.Callback):
-    """Changes the module at the ends of epochs."""
-
-    def __init__(self, change: Callable[[Any], object]) -> None:
-        self.change = change
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with torch.no_grad():
-            self.change(pl_module)
+def changing(change: Callable[[Any], object]) -> pl.Callback:
+    """Return a callback that changes the module at the ends of epochs."""
+    return LambdaCallback(on_train_epoch_end=lambda _, module: torch.no_grad()(change)(module))
 
 
 class SelfChanging(Classifier):
@@ -66,15 +62,11 @@ def effective(state: dict[str, Tensor]) -> Any:
     return freeze(dict(sorted((plain | {n: state[o] * state[f"{n}_mask"] for n, o in orig.items()}).items())))
 
 
-def observer(checkpoint: HessianCheckpoint) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(steps=3, num_samples=16, loss_fn=plain_loss, checkpoint=checkpoint)
+def observer(checkpoint: HessianCheckpoint, on_error: Any = "warn") -> HessianSpectrumCallback:
+    return callback(loss_fn=plain_loss, checkpoint=checkpoint, on_error=on_error)
 
 
-def keeping(**arguments: Any) -> HessianCheckpoint:
-    """A rule by which every epoch stays a candidate, and the first one is the pick."""
-    return HessianCheckpoint(
-        lambda record: -record.epoch, train_metric="epochs", require_mp=False, tolerance=9.0, **arguments
-    )
+keeping = functools.partial(scripted.keeping, train_metric="epochs")
 
 
 def trained(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> tuple[pl.Trainer, list[str]]:
@@ -112,16 +104,15 @@ def test_changes_by_the_module_come_after_the_analysis_and_the_file(what: str, s
     for candidate in checkpoint.candidates:
         saved = torch.load(candidate.path, weights_only=True)
         assert saved["global_step"] == candidate.global_step == STEPS * (candidate.epoch + 1)
-        assert freeze(dict(saved["state_dict"])) == freeze(witness.analyzed[candidate.epoch])
+        assert freeze(saved["state_dict"]) == freeze(witness.analyzed[candidate.epoch])
     assert [c.epoch for c in checkpoint.candidates] == list(range(EPOCHS))
     # What goes on is what the module made of it, in last.ckpt, too.
-    assert freeze(dict(torch.load(checkpoint.last_model_path)["state_dict"])) == freeze(
-        dict(trainer.lightning_module.state_dict())
-    )
-    assert len(said) == 1
-    assert re.search(r"of epoch 0 were changed after their analysis \(net\.\d.*saves the analyzed weights", said[0])
+    last = freeze(trainer.lightning_module.state_dict())
+    assert freeze(torch.load(checkpoint.last_model_path)["state_dict"]) == last
+    [text] = said
+    assert re.search(r"of epoch 0 were changed after their analysis \(net\.\d.*saves the analyzed weights", text)
     without = fit(tmp_path, module=SelfChanging(BY_MODULE[what]), max_epochs=EPOCHS, data=loader())
-    assert freeze(dict(trainer.lightning_module.state_dict())) == freeze(dict(without.lightning_module.state_dict()))
+    assert last == freeze(without.lightning_module.state_dict())
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["pruned before", "pruned after"])
@@ -129,9 +120,8 @@ def test_pruning(first: bool, tmp_path: Path) -> None:
     """Lightning's first pruning gives parameters other names, and saves them with their pruning applied."""
     pruning = ModelPruning("l1_unstructured", amount=0.5)
     witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c")
-    spectra = observer(checkpoint)
-    order = [pruning, witness, spectra] if first else [witness, spectra, pruning]
-    _, said = trained(tmp_path, *order)
+    order = [witness, observer(checkpoint)]
+    _, said = trained(tmp_path, *([pruning, *order] if first else [*order, pruning]))
     assert len(said) == (0 if first else 1)
     assert len(checkpoint.candidates) == EPOCHS
     for candidate in checkpoint.candidates:
@@ -146,18 +136,16 @@ def test_pruning(first: bool, tmp_path: Path) -> None:
 def test_weights_that_cannot_be_restored_are_not_ranked(on_error: Any, tmp_path: Path) -> None:
     """Of frozen parameters there are no copies."""
     module = Classifier(torch.nn.Linear(6, 6).requires_grad_(False))
-    step = Changing(lambda m: m.net[1].weight.add_(1) if m.current_epoch == 1 else None)
+    step = changing(lambda m: m.net[1].weight.add_(1) if m.current_epoch == 1 else None)
     checkpoint = keeping(dirpath=tmp_path / "c")
-    spectra = observer(checkpoint)
-    spectra.on_error = on_error
+    spectra = observer(checkpoint, on_error)
     if on_error == "raise":
         with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="cannot be restored"):
             trained(tmp_path, Witness(), spectra, step, module=module)
         return
-    _, said = trained(tmp_path, Witness(), spectra, step, module=module)
+    _, [text] = trained(tmp_path, Witness(), spectra, step, module=module)
     assert [c.epoch for c in checkpoint.candidates] == [0, 2]
-    assert len(said) == 1
-    assert re.search(r"epoch 1 were changed .*\(net\.1\.weight\).*does not rank them", said[0])
+    assert re.search(r"epoch 1 were changed .*\(net\.1\.weight\).*does not rank them", text)
 
 
 class Filtering(Classifier):
@@ -168,10 +156,8 @@ class Filtering(Classifier):
         self.others = others
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {
-            name: value + 1 if self.others else value for name, value in state.items() if "bias" in name
-        }
+        biases = {name: value for name, value in checkpoint["state_dict"].items() if "bias" in name}
+        checkpoint["state_dict"] = {name: value + self.others for name, value in biases.items()}
 
 
 @pytest.mark.parametrize(
@@ -193,13 +179,13 @@ def test_hooks_that_save_other_weights_are_named(
         assert re.search(rf"`state_dict` of checkpoints has other weights.*'net\.0\..*{whereabouts}", said[0])
     if callbacks:
         saved = torch.load(checkpoint.best_model_path)["current_model_state"]
-        assert freeze(dict(saved)) == freeze(witness.analyzed[0])
+        assert freeze(saved) == freeze(witness.analyzed[0])
 
 
 def test_weights_alone_are_the_analyzed_ones_too(tmp_path: Path) -> None:
     witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c", save_weights_only=True)
-    trained(tmp_path, witness, observer(checkpoint), Changing(halve))
+    trained(tmp_path, witness, observer(checkpoint), changing(halve))
     for candidate in checkpoint.candidates:
         saved = torch.load(candidate.path, weights_only=True)
         assert "optimizer_states" not in saved
-        assert freeze(dict(saved["state_dict"])) == freeze(witness.analyzed[candidate.epoch])
+        assert freeze(saved["state_dict"]) == freeze(witness.analyzed[candidate.epoch])

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,8 +26,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.modules import Classifier, callback, fit, own_warnings, plain_loss
-from tests.training.modules import loader as digits_loader
+from tests.training.broken import out_of_luck
+from tests.training.modules import Validated, callback, fit, own_warnings
 from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, epoch_of, loader, make_trainer, run_script
 
 
@@ -76,10 +77,8 @@ def test_only_files_that_can_still_be_picked_stay_on_disk(tmp_path: Path) -> Non
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
     # Epoch 1 has the better C_t, epoch 3 the better loss; epoch 4's loss is out of reach.
     assert sorted(epoch_of(str(path)) for path in tmp_path.glob("*.ckpt")) == [1, 3]
-    assert checkpoint.best_k_models == {
-        str(tmp_path / "hesd-highest_c_t-epoch=1-step=4.ckpt"): torch.tensor(-0.2),
-        str(tmp_path / "hesd-highest_c_t-epoch=3-step=8.ckpt"): torch.tensor(-0.3),
-    }
+    kept = {"epoch=1-step=4.ckpt": torch.tensor(-0.2), "epoch=3-step=8.ckpt": torch.tensor(-0.3)}
+    assert checkpoint.best_k_models == {str(tmp_path / f"hesd-highest_c_t-{name}"): kept[name] for name in kept}
     assert checkpoint.best_model_score == torch.tensor(-0.2)
 
 
@@ -99,8 +98,7 @@ class Bringing(ScriptedModule):
         return [self.brought]
 
 
-def by_accuracy(**arguments: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(monitor="train_acc", mode="max", save_on_train_epoch_end=True, **arguments)
+by_accuracy = partial(ModelCheckpoint, monitor="train_acc", mode="max", save_on_train_epoch_end=True)
 
 
 class Own(ModelCheckpoint):
@@ -200,43 +198,28 @@ def test_a_last_link_never_dangles(tmp_path: Path) -> None:
         assert epoch_of(str(folder / "last.ckpt")) == epochs - 1
 
 
-def test_without_mainly_positive_candidates_the_metric_decides_and_it_says_so(tmp_path: Path) -> None:
-    script = [Epoch(-0.7, loss=0.10), Epoch(-0.9, loss=0.09), Epoch(-0.8, loss=0.2)]
-    checkpoint = HessianCheckpoint(dirpath=tmp_path)
-    with warns(r"mainly positive \(MP\)"):
-        run_script(tmp_path, script, [ScriptedSource(script), checkpoint], quiet=False)
-    assert epoch_of(checkpoint.best_model_path) == 1
+def fails_at_epoch_1(record: SpectrumRecord) -> float:
+    return out_of_luck() if record.epoch == 1 else -record.epoch
 
 
-def test_without_anything_to_rank_the_final_weights_are_kept(tmp_path: Path) -> None:
-    script = [Epoch(None), Epoch(math.nan), Epoch(-0.5, error=True)]
-    checkpoint = HessianCheckpoint(dirpath=tmp_path)
-    with warns("final weights"):
-        run_script(tmp_path, script, [ScriptedSource(script), checkpoint], quiet=False)
-    assert epoch_of(checkpoint.best_model_path) == 2
-
-
-def test_a_rule_that_raises_is_reported_and_training_goes_on(tmp_path: Path) -> None:
-    def rule(record: SpectrumRecord) -> float:
-        if record.epoch == 1:
-            msg = "no idea"
-            raise RuntimeError(msg)
-        return -record.epoch
-
+@pytest.mark.parametrize(
+    ("script", "rule", "message", "expected"),
+    [
+        # Without mainly positive candidates the metric decides.
+        ([Epoch(-0.7, loss=0.10), Epoch(-0.9, loss=0.09), Epoch(-0.8, loss=0.2)], "highest_c_t", r"positive \(MP\)", 1),
+        # Without anything to rank the final weights are kept.
+        ([Epoch(None), Epoch(math.nan), Epoch(-0.5, error=True)], "highest_c_t", "final weights", 2),
+        (SCRIPT, fails_at_epoch_1, r"rule of HessianCheckpoint failed at epoch 1.*no luck", 3),
+    ],
+    ids=["MN", "nothing", "failure"],
+)
+def test_where_a_rule_cannot_decide_it_says_so(
+    script: list[Epoch], rule: Any, message: str, expected: int, tmp_path: Path
+) -> None:
     checkpoint = HessianCheckpoint(rule, dirpath=tmp_path)
-    with warns(r"rule of HessianCheckpoint failed at epoch 1.*no idea"):
-        run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint], quiet=False)
-    assert epoch_of(checkpoint.best_model_path) == 3
-
-
-class Validated(Classifier):
-    """Logs the loss on validation data."""
-
-    def val_dataloader(self) -> Any:
-        return digits_loader()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", plain_loss(self, batch))
+    with warns(message):
+        run_script(tmp_path, script, [ScriptedSource(script), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == expected
 
 
 def test_every_rule_by_name_and_all_at_once(tmp_path: Path) -> None:
@@ -278,21 +261,12 @@ def test_ties(ties: Any, epochs: int, expected: int, tmp_path: Path, caplog: pyt
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 def test_ties_in_a_resumed_run(tmp_path: Path) -> None:
-    def rule() -> HessianCheckpoint:
-        return HessianCheckpoint(
-            "highest_c_t", train_metric="train_acc", ties="first", dirpath=tmp_path, save_last=True
-        )
-
-    run_script(tmp_path, TIED[:2], [ScriptedSource(TIED), rule()])
-    resumed = rule()
+    options: Any = {"train_metric": "train_acc", "ties": "first", "dirpath": tmp_path, "save_last": True}
+    run_script(tmp_path, TIED[:2], [ScriptedSource(TIED), HessianCheckpoint(**options)])
+    resumed = HessianCheckpoint(**options)
     trainer = make_trainer(tmp_path, [ScriptedSource(TIED), resumed], 2)
     trainer.fit(ScriptedModule(TIED), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
     assert epoch_of(resumed.best_model_path) == 0
-
-
-def test_the_same_rule_twice() -> None:
-    with pytest.raises(MisconfigurationException, match="the rule 'last' twice with the same options"):
-        HessianSpectrumCallback(checkpoint=["last", "lowest_trace", "last"])
 
 
 @pytest.mark.parametrize(
@@ -311,6 +285,8 @@ def test_the_same_rule_twice() -> None:
 def test_invalid_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         HessianCheckpoint(**arguments)
+    with pytest.raises(MisconfigurationException, match="the rule 'last' twice with the same options"):
+        HessianSpectrumCallback(checkpoint=["last", "lowest_trace", "last"])
 
 
 def test_without_a_spectrum_callback_it_keeps_the_final_weights(tmp_path: Path) -> None:
@@ -323,15 +299,13 @@ def test_without_a_spectrum_callback_it_keeps_the_final_weights(tmp_path: Path) 
 
 def test_alone_it_cannot_choose_between_two_spectrum_callbacks(tmp_path: Path) -> None:
     checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    first, second = (ScriptedSource(SCRIPT, name=name) for name in ("first", "second"))
     with warns("'first', 'second'"):
-        run_script(tmp_path, SCRIPT, [*two_sources("warn"), checkpoint], quiet=False)
+        run_script(tmp_path, SCRIPT, [first, second, checkpoint], quiet=False)
     assert epoch_of(checkpoint.best_model_path) == 4
+    first.on_error = "raise"
     with pytest.raises(MisconfigurationException, match="'first', 'second'"):
-        run_script(tmp_path, SCRIPT, [*two_sources("raise"), HessianCheckpoint()])
-
-
-def two_sources(on_error: str) -> list[ScriptedSource]:
-    return [ScriptedSource(SCRIPT, name="first", on_error=on_error), ScriptedSource(SCRIPT, name="second")]
+        run_script(tmp_path, SCRIPT, [first, second, HessianCheckpoint()])
 
 
 def test_a_rule_works_without_checkpointing(tmp_path: Path) -> None:
@@ -362,13 +336,7 @@ class PlateauOfSteps(Plateau):
     interval = "step"
 
 
-def stopping(**options: Any) -> EarlyStopping:
-    return EarlyStopping(**{"monitor": "hesd/c_t", "mode": "max", **options})
-
-
-def saving(**options: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(monitor="hesd/c_t", mode="max", **options)
-
+stopping, saving = (partial(kind, monitor="hesd/c_t", mode="max") for kind in (EarlyStopping, ModelCheckpoint))
 
 NEVER = "logged values persist"
 EVERY_EPOCH = "analyze every epoch, and set `check_on_train_epoch_end=True`"
@@ -431,7 +399,6 @@ def test_neither_the_unit_of_the_loss_nor_a_constant_term_makes_a_difference(
 @pytest.mark.parametrize(
     ("losses", "epoch", "tolerance"),
     [
-        ([0.3], 0, 0.0),
         ([0.3, 0.31, 0.4], 0, 0.0),  # no progress: equals only
         ([0.3, 0.3, 0.3], 2, 0.0),
         ([0.5, 2.0, 0.1, 0.115], 3, 0.02),  # the first loss counts, not the highest
@@ -449,12 +416,9 @@ def test_progress_is_counted_from_the_first_loss(
 
 
 def test_a_tolerance_that_is_given_is_absolute(tmp_path: Path) -> None:
-    for arguments, tolerance in (
-        ({"tolerance": 0.05}, 0.05),
-        ({"train_metric": "train_acc"}, 0.01),
-        ({"train_metric": "train_acc", "train_metric_mode": "min"}, None),
-    ):
-        assert HessianCheckpoint(**arguments).tolerance == tolerance
+    assert HessianCheckpoint(tolerance=0.05).tolerance == 0.05
+    assert HessianCheckpoint(train_metric="train_acc").tolerance == 0.01
+    assert HessianCheckpoint(train_metric="train_acc", train_metric_mode="min").tolerance is None
     script = [replace(epoch, loss=3e4 * epoch.loss) for epoch in FALLING]
     checkpoint = HessianCheckpoint(tolerance=0.05, dirpath=tmp_path)
     run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
@@ -497,17 +461,9 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, t
     """Ranks that write nothing do not wait for ever for the one that has failed."""
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if ranks > 1 else "auto"
     observer = callback(on_error="warn", checkpoint=HessianCheckpoint(require_mp=False, tolerance=9.0, save_last=True))
+    options = {"enable_checkpointing": True, "plugins": [FullDisk(1)], "limit_train_batches": 4}
     with own_warnings() as said:
-        trainer = fit(
-            tmp_path,
-            observer,
-            max_epochs=3,
-            enable_checkpointing=True,
-            plugins=[FullDisk(1)],
-            devices=ranks,
-            strategy=strategy,
-            limit_train_batches=4,
-        )
+        trainer = fit(tmp_path, observer, max_epochs=3, devices=ranks, strategy=strategy, **options)
     assert trainer.state.finished
     assert [record.error for record in observer.history] == [None] * 3
     rule = observer.checkpoint
@@ -520,18 +476,16 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, t
         assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1
 
 
-def test_a_file_that_cannot_be_written_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
-    observer = callback(on_error="raise", checkpoint=HessianCheckpoint(require_mp=False))
-    with pytest.raises(OSError, match="No space left"):
-        fit(tmp_path, observer, enable_checkpointing=True, plugins=[FullDisk(0)], limit_train_batches=4)
-
-
-def test_without_room_for_any_file_there_is_no_pick(tmp_path: Path) -> None:
+def test_without_room_for_any_file_there_is_no_pick_and_no_training_if_the_callback_is_to_raise(tmp_path: Path) -> None:
+    options = {"enable_checkpointing": True, "plugins": [FullDisk(0, 1)], "limit_train_batches": 4}
     observer = callback(on_error="warn", checkpoint="highest_c_t", at_start=True)
     with warns("could not write .*hesd-highest_c_t-epoch=1-step=8.ckpt"):
-        trainer = fit(tmp_path, observer, enable_checkpointing=True, plugins=[FullDisk(0, 1)], limit_train_batches=4)
+        trainer = fit(tmp_path / "warn", observer, **options)
     assert trainer.state.finished
     assert observer.checkpoint.best_model_path == ""
+    observer = callback(on_error="raise", checkpoint=HessianCheckpoint(require_mp=False))
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path / "raise", observer, **options)
 
 
 def test_a_mock_of_a_checkpoint_callback_is_no_neighbor(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_written_as, may_coincide, prefix
+from tests.training.broken import out_of_luck
 from tests.training.modules import own_warnings
 from tests.training.scripted import (
     STEPS_PER_EPOCH,
     Epoch,
     ScriptedModule,
     ScriptedSource,
-    earliest,
+    keeping,
     loader,
     make_trainer,
     run_script,
@@ -33,13 +34,8 @@ SCRIPT = [Epoch(-0.1, loss=loss, accuracy=0.5) for loss in (0.4, 0.3, 0.2)]
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 
 
-def keeping(rule: Any = earliest, **arguments: Any) -> HessianCheckpoint:
-    return HessianCheckpoint(rule, **{"require_mp": False, "tolerance": 99.0, **arguments})
-
-
-def step_in(path: str) -> int:
-    step: int = torch.load(path, weights_only=True)["global_step"]
-    return step
+def step_in(path: str | Path) -> Any:
+    return torch.load(path, weights_only=True)["global_step"]
 
 
 def assert_own_files(checkpoint: HessianCheckpoint, epochs: int = len(SCRIPT)) -> None:
@@ -57,21 +53,24 @@ class Failing(ScriptedModule):
     """Fails in its last epoch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.current_epoch == len(SCRIPT) - 1 and batch_idx == 1:
-            msg = "power cut"
-            raise RuntimeError(msg)
-        return super().training_step(batch, batch_idx)
+        fails = self.current_epoch == len(SCRIPT) - 1 and batch_idx == 1
+        return out_of_luck() if fails else super().training_step(batch, batch_idx)
+
+
+UNCOUNTED: dict[str, Any] = {"enable_version_counter": False}
+UNNAMED: dict[str, Any] = {"auto_insert_metric_name": False}
+FIXED: dict[str, Any] = {"filename": "best", **UNCOUNTED}
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         {"filename": "best"},
-        {"filename": "best", "enable_version_counter": False},
-        {"filename": "{train_acc:.1f}", "enable_version_counter": False},
-        {"filename": "{train_acc:.1f}/{epoch:d}", "auto_insert_metric_name": False},
-        {"filename": "last", "save_last": True, "enable_version_counter": False},
-        {"enable_version_counter": False, "save_weights_only": True},
+        FIXED,
+        {"filename": "{train_acc:.1f}", **UNCOUNTED},
+        {"filename": "{train_acc:.1f}/{epoch:d}", **UNNAMED},
+        {"filename": "last", "save_last": True, **UNCOUNTED},
+        {"save_weights_only": True, **UNCOUNTED},
     ],
     ids=["fixed", "fixed, no counter", "colliding metric", "folder", "called last", "weights"],
 )
@@ -84,20 +83,17 @@ def test_each_candidate_has_a_file_of_its_own(tmp_path: Path, arguments: dict[st
         assert step_in(checkpoint.last_model_path) == 6
 
 
-@pytest.mark.parametrize("arguments", [{}, {"filename": "best", "enable_version_counter": False}])
+@pytest.mark.parametrize("arguments", [{}, FIXED])
 def test_an_exception_has_a_file_of_its_own(tmp_path: Path, arguments: dict[str, Any]) -> None:
     if "save_on_exception" not in ModelCheckpoint.__init__.__annotations__:
         pytest.skip("this version of Lightning has no such option")
     checkpoint = keeping(dirpath=tmp_path, save_on_exception=True, save_last="link", **arguments)
     trainer = make_trainer(tmp_path, [ScriptedSource(SCRIPT), checkpoint], 3)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(OSError, match="no luck"):
         trainer.fit(Failing(SCRIPT), loader())
     assert_own_files(checkpoint, 2)
     (exception,) = tmp_path.glob("*-exception.ckpt")
-    assert step_in(str(exception)) == step_in(checkpoint.last_model_path) == 5
-
-
-# Neighbors -----------------------------------------------------------------------------------------------------------
+    assert step_in(exception) == step_in(checkpoint.last_model_path) == 5
 
 
 def neighbor(**arguments: Any) -> ModelCheckpoint:
@@ -109,20 +105,12 @@ DEFAULT = "hesd-earliest-epoch=0-step=2"
 NEIGHBORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # Arguments of ours, of theirs, and the name of our first file.
     "defaults": ({}, {}, DEFAULT),
-    "no counters": ({"enable_version_counter": False}, {"enable_version_counter": False}, DEFAULT),
-    "one file": ({}, {"enable_version_counter": False, "save_top_k": 1, "filename": "x"}, DEFAULT),
+    "no counters": (UNCOUNTED, UNCOUNTED, DEFAULT),
+    "one file": ({}, {**UNCOUNTED, "save_top_k": 1, "filename": "x"}, DEFAULT),
     "same name": ({"filename": "best"}, {"filename": "best"}, "hesd-earliest-best"),
-    "same name, no counters": (
-        {"filename": "best", "enable_version_counter": False},
-        {"filename": "best", "enable_version_counter": False, "save_top_k": 1},
-        "hesd-earliest-best",
-    ),
+    "same name, no counters": (FIXED, {**FIXED, "save_top_k": 1}, "hesd-earliest-best"),
     "their default": ({"filename": "{epoch}-{step}"}, {}, DEFAULT),
-    "numbers": (
-        {"filename": "{epoch}", "auto_insert_metric_name": False},
-        {"filename": "{step}", "auto_insert_metric_name": False},
-        "hesd-earliest-0",
-    ),
+    "numbers": ({**UNNAMED, "filename": "{epoch}"}, {**UNNAMED, "filename": "{step}"}, "hesd-earliest-0"),
     "other names": ({"filename": "mine-{epoch}"}, {"filename": "theirs-{epoch}"}, "mine-epoch=0"),
     "last": ({"save_last": True}, {"save_last": True}, DEFAULT),
 }
@@ -140,11 +128,11 @@ def test_a_neighbor_in_the_same_folder_has_the_files_it_would_have_alone(
     assert_own_files(checkpoint)
     own = {Path(c.path).name for c in checkpoint.candidates} | {Path(checkpoint.last_model_path).name}
     assert Path(checkpoint.best_model_path).stem == expected
-    alone = {path.name: step_in(str(path)) for path in (tmp_path / "alone").glob("*.ckpt")}
-    assert {p.name: step_in(str(p)) for p in folder.glob("*.ckpt") if p.name not in own} == alone
+    alone = {path.name: step_in(path) for path in (tmp_path / "alone").glob("*.ckpt")}
+    assert {path.name: step_in(path) for path in folder.glob("*.ckpt") if path.name not in own} == alone
 
 
-@pytest.mark.parametrize("arguments", [{}, {"filename": "best", "enable_version_counter": False}])
+@pytest.mark.parametrize("arguments", [{}, FIXED])
 def test_two_rules_in_one_folder(arguments: dict[str, Any], tmp_path: Path) -> None:
     rules = [keeping(dirpath=tmp_path, tolerance=tolerance, save_last=True, **arguments) for tolerance in (98.0, 99.0)]
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), *rules])
@@ -153,15 +141,14 @@ def test_two_rules_in_one_folder(arguments: dict[str, Any], tmp_path: Path) -> N
     assert len({c.path for rule in rules for c in rule.candidates}) == 2 * len(SCRIPT)
 
 
-def test_the_names_of_rules_become_names_of_files() -> None:
+def test_names_of_files() -> None:
+    """Those of rules become a part of them, and templates of names may coincide."""
     assert prefix("hesd", "highest_c_t") == "hesd-highest_c_t"
     assert prefix("layer {0}: a%b", "<lambda>") == "layer_0_a_b-lambda"
     assert prefix("ü", "") == "own-own"
     assert HessianCheckpoint(lambda record: 0.0).name_prefix == "hesd-lambda"
     assert HessianCheckpoint(max).name_prefix == "hesd-max"
 
-
-def test_templates_that_may_coincide() -> None:
     other = ModelCheckpoint(filename="best-v{epoch}", auto_insert_metric_name=False)
     assert may_coincide("best", other, auto_insert_metric_name=True)
     assert not may_coincide("best-epoch", other, auto_insert_metric_name=True)
@@ -170,9 +157,6 @@ def test_templates_that_may_coincide() -> None:
     nested = ModelCheckpoint(filename="a/{hesd/c_t}-{epoch}")
     assert may_coincide("a/{hesd/c_t:.3f}-{epoch:02d}", nested, auto_insert_metric_name=True)
     assert not may_coincide("b/{hesd/c_t}-{epoch}", nested, auto_insert_metric_name=True)
-
-
-# Callbacks added later ------------------------------------------------------------------------------------------------
 
 
 class Appending(Callback):
@@ -233,23 +217,17 @@ def test_callbacks_added_after_construction(
 def test_the_trainer_may_have_tested_before_it_fits(own: bool, tmp_path: Path) -> None:
     checkpoint = keeping(**({"dirpath": tmp_path / "own", "filename": "best"} if own else {}))
     trainer = make_trainer(tmp_path, [spectra(checkpoint=checkpoint)], 2)
-    for _ in range(2):
-        trainer.test(ScriptedModule(SCRIPT), loader(), verbose=False)
-    trainer.fit(ScriptedModule(SCRIPT), loader())
+    for work in (trainer.test, trainer.test, trainer.fit, trainer.test):
+        work(ScriptedModule(SCRIPT), loader())
     assert_own_files(checkpoint, 2)
     expected = "own/best.ckpt" if own else "checkpoints/hesd-earliest-epoch=0-step=2.ckpt"
     assert Path(checkpoint.best_model_path) == tmp_path / expected
-    trainer.test(ScriptedModule(SCRIPT), loader(), verbose=False)
-    assert Path(checkpoint.best_model_path) == tmp_path / expected
-
-
-# Files that were lost -------------------------------------------------------------------------------------------------
 
 
 def resumed(folder: Path, path: str, epochs: int = 3, **arguments: Any) -> tuple[HessianCheckpoint, list[str]]:
     """Go on from a checkpoint, and return what was warned of."""
     script = [*SCRIPT, Epoch(-0.1, loss=0.1)][:epochs]
-    checkpoint = keeping(**{"dirpath": folder, "filename": "best", "enable_version_counter": False, **arguments})
+    checkpoint = keeping(**{"dirpath": folder, **FIXED, **arguments})
     trainer = make_trainer(folder, [ScriptedSource(script), checkpoint], epochs)
     with own_warnings() as said:
         trainer.fit(ScriptedModule(script), loader(), ckpt_path=path)
@@ -262,13 +240,12 @@ def test_a_file_that_another_run_has_overwritten_is_no_candidate(weights_only: b
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), first])
     last = tmp_path / "kept.ckpt"
     Path(first.last_model_path).rename(last)
-    other = keeping(dirpath=tmp_path, filename="best", enable_version_counter=False, save_weights_only=weights_only)
+    other = keeping(dirpath=tmp_path, **FIXED, save_weights_only=weights_only)
     run_script(tmp_path, SCRIPT[:1], [ScriptedSource(SCRIPT), other])
     assert other.best_model_path == first.best_model_path  # overwritten
-    checkpoint, said = resumed(tmp_path, str(last), 4)
+    checkpoint, [text] = resumed(tmp_path, str(last), 4)
     assert [c.epoch for c in checkpoint.candidates] == [1, 2, 3]
-    assert len(said) == 1
-    assert first.candidates[0].path in said[0]
+    assert first.candidates[0].path in text
     for candidate in checkpoint.candidates:
         assert step_in(candidate.path) == candidate.global_step
 
@@ -278,19 +255,19 @@ def test_half_a_file_is_no_candidate(tmp_path: Path) -> None:
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), first])
     torn = Path(first.candidates[1].path)
     torn.write_bytes(torn.read_bytes()[:500])
-    checkpoint, said = resumed(tmp_path, first.last_model_path, 4)
+    checkpoint, [_] = resumed(tmp_path, first.last_model_path, 4)
     assert [c.epoch for c in checkpoint.candidates] == [0, 2, 3]
-    assert len(said) == 1
 
 
 def test_files_of_other_formats_are_trusted(tmp_path: Path) -> None:
-    (tmp_path / "sharded").mkdir()
-    (tmp_path / "own").write_text("some other format")
-    assert is_written_as(str(tmp_path / "sharded"), "mark")
-    torch.save({"lightning_hesd_candidate": "mark"}, tmp_path / "sharded" / "meta.pt")
-    assert is_written_as(str(tmp_path / "sharded"), "mark")
-    assert not is_written_as(str(tmp_path / "sharded"), "another")
-    assert is_written_as(str(tmp_path / "own"), "mark")
+    sharded, own = tmp_path / "sharded", tmp_path / "own"
+    sharded.mkdir()
+    own.write_text("some other format")
+    assert is_written_as(str(sharded), "mark")
+    torch.save({"lightning_hesd_candidate": "mark"}, sharded / "meta.pt")
+    assert is_written_as(str(sharded), "mark")
+    assert not is_written_as(str(sharded), "another")
+    assert is_written_as(str(own), "mark")
     assert not is_written_as(str(tmp_path / "none"), "")
     assert not is_written_as("unknown://protocol/file", "")
 

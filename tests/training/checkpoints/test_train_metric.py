@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torchmetrics import MeanMetric, SumMetric
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd import HessianCheckpoint
 from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
-from tests.training.modules import Classifier, fit, loader, own_warnings, plain_loss
+from tests.training.modules import Classifier, callback, fit, loader, own_warnings, plain_loss
+from tests.training.scripted import earliest, keeping
 
 EPOCHS = 3
 STEPS = 5
@@ -65,11 +67,14 @@ class Logging(Classifier):
         self.trainer.callback_metrics.update(others)
 
 
+analyzing = functools.partial(callback, steps=2, num_samples=8, loss_fn=plain_loss)
+
+
 class Spied(HessianCheckpoint):
     """Remembers the metric with which each step was ranked."""
 
     def __init__(self, key: str, folder: Path) -> None:
-        super().__init__(lambda _: 0.0, train_metric=key, tolerance=1e9, require_mp=False, dirpath=folder)
+        super().__init__(earliest, train_metric=key, tolerance=1e9, require_mp=False, dirpath=folder)
         self.seen: dict[int, float] = {}
 
     def _consider(self, trainer: Any, record: SpectrumRecord, score: float, criterion: float) -> Candidate | None:
@@ -83,19 +88,17 @@ def ranked(
 ) -> dict[str, tuple[dict[int, float], str]]:
     """Train once, and return by metric with which values steps were ranked, and what was said."""
     checkpoints = {key: Spied(key, folder) for key in keys}
-    observer = HessianSpectrumCallback(
-        steps=2, num_samples=8, loss_fn=plain_loss, **{"checkpoint": None, "on_error": "warn", **(schedule or {})}
-    )
+    observer = analyzing(**{"on_error": "warn", **(schedule or {})})
     trainer = {"max_epochs": EPOCHS, "enable_checkpointing": True, "limit_val_batches": 0, "data": loader()}
     with own_warnings() as said:
         fit(folder, observer, *checkpoints.values(), module=module or Logging(), **{**trainer, **arguments})
-    by_key = {
-        key: [message for message in said if "does not rank" in message and f"train_metric={key!r}" in message]
-        for key in keys
-    }
-    assert max(map(len, by_key.values())) <= 1
     assert not any(name.startswith("hesd") for record in observer.history for name in record.metrics)
-    return {key: (checkpoint.seen, "".join(by_key[key])) for key, checkpoint in checkpoints.items()}
+    found = {}
+    for key, checkpoint in checkpoints.items():
+        texts = [text for text in said if "does not rank" in text and f"train_metric={key!r}" in text]
+        assert len(texts) <= 1
+        found[key] = (checkpoint.seen, "".join(texts))
+    return found
 
 
 def recorded(folder: Path, *keys: str) -> dict[str, dict[int, float]]:
@@ -124,9 +127,8 @@ AT_ENDS = {  # of epochs: what each metric is then
 def test_at_the_ends_of_epochs(tmp_path: Path) -> None:
     found = ranked(tmp_path, *AT_ENDS, "at_start", "start", "nowhere")
     assert found.pop("at_start")[0] == found.pop("start")[0] == {}
-    assert re.search(
-        r"not among those logged so far, \['at_start', 'batch_end', .*'total', 'vector'\]", found.pop("nowhere")[1]
-    )
+    those = r"not among those logged so far, \['at_start', 'batch_end', .*'total', 'vector'\]"
+    assert re.search(those, found.pop("nowhere")[1])
     expected = {key: dict(zip([5, 10, 15], values, strict=True)) for key, values in AT_ENDS.items()}
     assert found == {key: (values, "") for key, values in expected.items()}
     others = ("at_start", "start", "text", "vector", "complex")
@@ -169,6 +171,8 @@ def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
     assert "after step 2, nor later ones like it: the metric was last logged for older weights" in said
     assert list(found["both"][0]) == [1, 2, 3, 4, 5]
     assert recorded(tmp_path, "step") == {"step": seen}
+    accumulated = ranked(tmp_path / "a", "step", schedule=schedule, max_epochs=1, accumulate_grad_batches=2)
+    assert accumulated["step"] == ({1: 1, 2: 101, 3: 201}, "")
 
 
 def test_values_of_an_earlier_run_say_nothing_of_the_next(tmp_path: Path) -> None:
@@ -178,7 +182,7 @@ def test_values_of_an_earlier_run_say_nothing_of_the_next(tmp_path: Path) -> Non
         def on_train_batch_end(self, *_args: Any) -> None:
             self.trainer.should_stop = self.global_step == 4
 
-    observer = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=plain_loss)
+    observer = analyzing()
     for folder, batches in (("first", 4), ("second", STEPS)):
         limits = {"limit_train_batches": batches, "limit_val_batches": 0, "min_epochs": 0, "max_epochs": 1}
         fit(tmp_path / folder, observer, module=Stopping(every=2), data=loader(), **limits)
@@ -186,9 +190,7 @@ def test_values_of_an_earlier_run_say_nothing_of_the_next(tmp_path: Path) -> Non
         assert "step" not in observer.history[-1].metrics, folder  # it was logged for step 3
 
 
-def test_with_accumulated_gradients(tmp_path: Path) -> None:
-    found = ranked(tmp_path, "step", schedule={"every_n_train_steps": 1}, max_epochs=1, accumulate_grad_batches=2)
-    assert found["step"] == ({1: 1, 2: 101, 3: 201}, "")
+EVERY_FOURTH = {"val_check_interval": 4, "check_val_every_n_epoch": None}
 
 
 @pytest.mark.parametrize(
@@ -197,12 +199,7 @@ def test_with_accumulated_gradients(tmp_path: Path) -> None:
         ({"check_val_every_n_epoch": 2}, {}, {10: 1001}, True),
         ({"check_val_every_n_epoch": 2}, {"epochs": [1]}, {10: 1001}, False),
         ({"val_check_interval": 2}, {}, {}, True),  # the last one is before the last step
-        (
-            {"val_check_interval": 4, "check_val_every_n_epoch": None},
-            {"every_n_train_steps": 2},
-            {4: 401, 8: 801, 12: 1201},
-            True,
-        ),
+        (EVERY_FOURTH, {"every_n_train_steps": 2}, {4: 401, 8: 801, 12: 1201}, True),
     ],
 )
 def test_of_validation(
@@ -231,8 +228,6 @@ def test_a_batch_of_several_steps(tmp_path: Path) -> None:
     """With manual optimization a batch may end with any step."""
 
     class Manual(Logging):
-        automatic_optimization = False
-
         def training_step(self, batch: Any, batch_idx: int) -> None:
             for optimizer in self.optimizers():  # type: ignore[union-attr]
                 optimizer.zero_grad()
@@ -243,9 +238,8 @@ def test_a_batch_of_several_steps(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
 
-    module = Manual()
+    module, observer = Manual(), analyzing(every_n_train_steps=2)
     module.automatic_optimization = False
-    observer = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=plain_loss, every_n_train_steps=2)
     fit(tmp_path, observer, module=module, data=loader(), max_epochs=1)
     assert [record.metrics["step"] for record in observer.history] == [201, 401, 601, 801, 1001]
 
@@ -275,8 +269,7 @@ def test_metrics_that_the_module_resets_are_logged_as_without_the_callback(tmp_p
         trainer = fit(tmp_path, *callbacks, module=Resetting(), data=loader(), max_epochs=1)
         return {key: float(trainer.callback_metrics[key]) for key in ("total", "mean")}
 
-    observer = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=plain_loss)
-    assert logged(observer) == logged()
+    assert logged(analyzing()) == logged()
 
 
 def test_the_weights_wait_with_the_analysis(tmp_path: Path) -> None:
@@ -288,19 +281,14 @@ def test_the_weights_wait_with_the_analysis(tmp_path: Path) -> None:
                 self.net[0].weight.mul_(0.5)
 
     states: dict[int, torch.Tensor] = {}
-    checkpoint = HessianCheckpoint(
-        lambda r: -r.epoch, train_metric="max", tolerance=1e9, require_mp=False, dirpath=tmp_path
-    )
+    checkpoint = keeping(train_metric="max", tolerance=1e9, dirpath=tmp_path)
 
     def loss_fn(module: Any, batch: Any) -> torch.Tensor:
-        states.setdefault(
-            module.global_step, module.net[0].weight.detach().clone()
-        )  # later ones are beside the weights
+        # Later ones are beside the weights.
+        states.setdefault(module.global_step, module.net[0].weight.detach().clone())
         return plain_loss(module, batch)
 
-    observer = HessianSpectrumCallback(
-        steps=2, num_samples=8, loss_fn=loss_fn, checkpoint=checkpoint, every_n_train_steps=STEPS
-    )
+    observer = analyzing(loss_fn=loss_fn, checkpoint=checkpoint, every_n_train_steps=STEPS, on_error="warn")
     with pytest.warns(RuntimeWarning, match="changed after their analysis"):
         fit(tmp_path, observer, module=Changing(), data=loader(), max_epochs=2, enable_checkpointing=True)
     assert [c.global_step for c in checkpoint.candidates] == [5, 10]

@@ -12,10 +12,9 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.training.logs import rows
+from tests.training.logs import read_events, rows
 from tests.training.modules import Classifier, Digits, callback, fit, loader, plain_loss
 
 SEEN: list[Any] = []
@@ -89,26 +88,18 @@ class Writing(Classifier):
 
 def written(folder: Path, loggers: list[Any]) -> dict[str, Any]:
     """What the loggers have, without what the callback adds."""
-    events = {
-        name: EventAccumulator(str(place)).Reload()
-        for name, place in (("board", loggers[2].log_dir), ("own", folder / "own"))
-    }
-    tags = {
-        name: {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
-        for name, read in events.items()
-    }
-    texts = [tag for tag in events["board"].Tags()["tensors"] if "direct" in tag]
+    board, own = read_events(loggers[2].log_dir), read_events(folder / "own")
+    tags = [{t: [(e.step, e.value) for e in read.Scalars(t)] for t in read.Tags()["scalars"]} for read in (board, own)]
+    texts = [tag for tag in board.Tags()["tensors"] if "direct" in tag]
     return {
         "csv": rows(Path(loggers[0].log_dir) / "metrics.csv"),
         "extra": rows(folder / "extra" / "version_0" / "metrics.csv"),
         "list": [row for row in loggers[1].rows if set(row) - {"epoch"}],
         "file": (folder / "rows").read_text(),
         "experiment": loggers[1].experiment,
-        "events": {
-            tag: values for tag, values in tags["board"].items() if tag != "epoch" and not tag.startswith("hesd")
-        },
-        "texts": [len(events["board"].Tensors(tag)) for tag in texts],
-        "own": tags["own"],
+        "events": {tag: values for tag, values in tags[0].items() if not tag.startswith(("epoch", "hesd"))},
+        "texts": [len(board.Tensors(tag)) for tag in texts],
+        "own": tags[1],
         "event files": len(list(Path(loggers[2].log_dir).glob("events*"))),
     }
 
@@ -120,7 +111,8 @@ def test_loggers_get_nothing_from_an_analysis(
     schedule: dict[str, Any], analyses: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcomes, facts = [], []
-    for name, callbacks in {"without": [], "with": [callback(num_samples=8, steps=2, **schedule)]}.items():
+    observer = callback(num_samples=8, steps=2, **schedule)
+    for name, callbacks in {"without": [], "with": [observer]}.items():
         folder = tmp_path / "run"
         SEEN.clear()
         loggers = [CSVLogger(folder), ListLogger(folder), TensorBoardLogger(folder)]
@@ -133,23 +125,8 @@ def test_loggers_get_nothing_from_an_analysis(
     assert len(outcomes[0]["own"]["own"]) == 3
     assert len(facts[1]) > len(facts[0]) == 3
     assert all(seen == facts[0][0] for seen in facts[1]), "the same as in training"
-    assert [record.error for record in callbacks[0].history] == [None] * analyses
+    assert [record.error for record in observer.history] == [None] * analyses
     assert "never printed" not in capsys.readouterr().out
-
-
-class AsksForFolder(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        SEEN.append((self.trainer.log_dir, self.logger))
-        return plain_loss(self, batch)
-
-
-@pytest.mark.parametrize("make", [lambda _: False, ListLogger], ids=["none", "own"])
-def test_the_folder_of_the_run_is_that_of_training(make: Any, tmp_path: Path) -> None:
-    SEEN.clear()
-    fit(tmp_path, callback(num_samples=8, at_start=True), module=AsksForFolder(), max_epochs=1, logger=make(tmp_path))
-    assert len(SEEN) > 7
-    assert {str(folder) for folder, _ in SEEN} == {str(SEEN[-1][0])}
-    assert all(logger is SEEN[-1][1] for _, logger in SEEN)
 
 
 class LogsFromThread(pl.Callback):

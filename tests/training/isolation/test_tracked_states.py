@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,9 @@ class Attributes:
 Case = tuple[Callable[[], Any], Callable[[Any], TrackedState], Callable[[Any], object], Callable[[Any], object]]
 
 
-def items(value: Any) -> TrackedState:
-    return TrackedContent.of(value, PLACE)
+items = partial(TrackedContent.of, place=PLACE)
+array = partial(TrackedValue.of_array, place=PLACE)
+table = partial(TrackedValue.of_table, place=PLACE)
 
 
 CASES: dict[str, Case] = {
@@ -56,18 +58,8 @@ CASES: dict[str, Case] = {
         lambda c: (setattr(c, "count", 1), setattr(c, "new", 1), delattr(c, "seen")),
         lambda c: (c.count, c.seen, hasattr(c, "new")),
     ),
-    "array": (
-        lambda: np.array([1.0, np.nan]),
-        lambda a: TrackedValue.of_array(a, PLACE),
-        lambda a: a.__setitem__(0, 2.0),
-        lambda a: a.tobytes(),
-    ),
-    "array_of_objects": (
-        lambda: np.array([{"n": 1}, None]),
-        lambda a: TrackedValue.of_array(a, PLACE),
-        lambda a: a.__setitem__(1, 2),
-        lambda a: a.tolist(),
-    ),
+    "array": (lambda: np.array([1.0, np.nan]), array, lambda a: a.__setitem__(0, 2.0), lambda a: a.tobytes()),
+    "array_of_objects": (lambda: np.array([{"n": 1}, None]), array, lambda a: a.__setitem__(1, 2), list),
     "shared_number": (
         lambda: ctypes.c_double(1.0),
         lambda b: TrackedContent(BufferState(b), PLACE),
@@ -76,21 +68,14 @@ CASES: dict[str, Case] = {
     ),
     "table": (
         lambda: pd.DataFrame({"a": [1.0, np.nan], "b": ["x", "y"]}),
-        lambda t: TrackedValue.of_table(t, PLACE),
+        table,
         lambda t: (t.__setitem__("c", 1), t.loc.__setitem__((0, "a"), 3.0)),
         lambda t: t.to_json(),
     ),
-    "series": (
-        lambda: pd.Series([1.0, 2.0]),
-        lambda t: TrackedValue.of_table(t, PLACE),
-        lambda t: t.__setitem__(0, 3.0),
-        list,
-    ),
+    "series": (lambda: pd.Series([1.0, 2.0]), table, lambda t: t.__setitem__(0, 3.0), list),
     "setting": (
         lambda: torch,
-        lambda _: TrackedValue.of_setting(
-            "torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype
-        ),
+        lambda _: TrackedValue.of_setting("the type", torch.get_default_dtype, torch.set_default_dtype),
         lambda _: torch.set_default_dtype(torch.float64),
         lambda _: torch.get_default_dtype(),
     ),
@@ -128,7 +113,7 @@ def test_labels_name_the_changes() -> None:
 
 def test_items_of_a_long_container_are_compared_at_the_end_only() -> None:
     value = list(range(LARGE_CONTAINER + 1))
-    states = TrackedStates([TrackedContent.of(value, PLACE)])
+    states = TrackedStates([items(value)])
     value[0] = -1
     assert states.restore() == {}
     assert value[0] == -1
@@ -139,7 +124,7 @@ def test_items_of_a_long_container_are_compared_at_the_end_only() -> None:
 def test_an_item_that_moves_to_another_container_is_noticed() -> None:
     """All items together are the same objects in the same order then."""
     first, second = [[1], [2]], [[3]]
-    states = TrackedStates([TrackedContent.of(first, PLACE), TrackedContent.of(second, PLACE)])
+    states = TrackedStates([items(first), items(second)])
     second.insert(0, first.pop())
     states.restore()
     assert (first, second) == ([[1], [2]], [[3]])

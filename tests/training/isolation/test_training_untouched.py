@@ -32,6 +32,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.isolation import training_snapshot
 from lightning_hesd.training.isolation.tracked_states import TrackedValue
+from tests.training.broken import out_of_luck
 from tests.training.logs import rows
 from tests.training.modules import (
     NOISES,
@@ -39,6 +40,7 @@ from tests.training.modules import (
     DataModule,
     Digits,
     Recorder,
+    Validated,
     callback,
     fit,
     freeze,
@@ -130,34 +132,25 @@ class AugmentingModule(Classifier):
         return [x - self.mean, *batch[1:]]
 
 
-class Validated(Classifier):
-    """Validates, and saves checkpoints that are ranked by the outcome."""
+class Ranked(Validated):
+    """Saves checkpoints that are ranked by the outcome of the validation."""
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [ModelCheckpoint(monitor="val_loss", save_top_k=-1)]
 
-    def val_dataloader(self) -> Any:
-        return loader(Digits(16))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", plain_loss(self, batch))
-
-
-class RaisesEveryOtherTime:
-    """A `loss_fn` that leaves a mess behind before it fails, in every second epoch."""
-
-    def __call__(self, module: Any, batch: Any) -> Tensor:
-        loss = plain_loss(module, batch)
-        if module.current_epoch % 2 == 1:
-            module.train()
-            module.mess = torch.rand(1)
-            np.random.rand()  # noqa: NPY002
-            module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
-            module.net[1].running_mean.add_(1.0)
-            module.trainer.callbacks[0].batches.append("mess")
-            msg = "every second time"
-            raise OSError(msg)
+def raises_every_other_time(module: Any, batch: Any) -> Tensor:
+    """Leave a mess behind and fail, in every second epoch."""
+    loss = plain_loss(module, batch)
+    if module.current_epoch % 2 == 0:
         return loss
+    module.train()
+    module.mess = torch.rand(1)
+    np.random.rand()  # noqa: NPY002
+    module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
+    module.net[1].running_mean.add_(1.0)
+    module.trainer.callbacks[0].batches.append("mess")
+    return out_of_luck()
 
 
 # Two runs, and everything about them ----------------------------------------------------------------------------------
@@ -165,11 +158,11 @@ class RaisesEveryOtherTime:
 
 @dataclasses.dataclass
 class Scenario:
-    """A training run, and the callbacks to leave it untouched."""
+    """A training run, and the options of the callbacks to leave it untouched."""
 
     module: Callable[[], pl.LightningModule] = Classifier
     data: Callable[[], Any] = lambda: loader(shuffle=True)
-    callbacks: Callable[[], list[HessianSpectrumCallback]] = lambda: [callback()]
+    callbacks: list[dict[str, Any]] = dataclasses.field(default_factory=lambda: [{}])
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
     records: int = 2
     failures: int = 0
@@ -210,19 +203,12 @@ def outcome(trainer: pl.Trainer, recorder: Recorder) -> dict[str, Any]:
 def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:
     """Run twice, with and without the callbacks, and compare."""
     outcomes = []
-    for callbacks in ([], scenario.callbacks()):
+    for callbacks in ([], [callback(**options) for options in scenario.callbacks]):
         recorder = Recorder()
         folder = tmp_path / ("with" if callbacks else "without")
+        parts = {"module": scenario.module(), "data": scenario.data(), "logger": CSVLogger(folder)}
         with own_warnings() as said:
-            trainer = fit(
-                folder,
-                recorder,
-                *callbacks,
-                module=scenario.module(),
-                data=scenario.data(),
-                logger=CSVLogger(folder),
-                **scenario.trainer,
-            )
+            trainer = fit(folder, recorder, *callbacks, **parts, **scenario.trainer)
         assert len(said) == (scenario.failures if callbacks else 0)
         outcomes.append(outcome(trainer, recorder))
     without, with_callback = outcomes
@@ -239,50 +225,40 @@ def batch_norm_and_dropout() -> Classifier:
     return Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3))
 
 
+def by_workers() -> Any:
+    workers = {"num_workers": 2, "persistent_workers": True, "worker_init_fn": print}
+    return loader(Digits(16, NOISES["torch"]), shuffle=True, **workers)
+
+
+CLIPPED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+TRAIN_MODE = {"name": "hesd_train", "mode": "train"}
+
 SCENARIOS = {
     "augmentation": Scenario(data=lambda: loader(Digits(augment=noise_of_all), shuffle=True)),
     "stream": Scenario(data=lambda: loader(FiniteStream(200)), trainer={"limit_train_batches": 4}),
-    "persistent_workers": Scenario(
-        data=lambda: loader(
-            Digits(16, NOISES["torch"]), shuffle=True, num_workers=2, persistent_workers=True, worker_init_fn=print
-        ),
-        callbacks=lambda: [callback(num_samples=8)],
-    ),
-    "torchmetrics": Scenario(
-        Metrics, callbacks=lambda: [callback(name="hesd"), callback(name="hesd_train", mode="train")]
-    ),
-    "torchmetrics_at_steps": Scenario(Metrics, callbacks=lambda: [callback(every_n_train_steps=3)], records=3),
+    "persistent_workers": Scenario(data=by_workers, callbacks=[{"num_samples": 8}]),
+    "torchmetrics": Scenario(Metrics, callbacks=[{}, TRAIN_MODE]),
+    "torchmetrics_at_steps": Scenario(Metrics, callbacks=[{"every_n_train_steps": 3}], records=3),
     "moving_average": Scenario(MovingAverage),
     "augmenting_module": Scenario(AugmentingModule),
-    "accumulation_and_clipping": Scenario(
-        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
-        callbacks=lambda: [callback(every_n_train_steps=2)],
-        records=3,
-    ),
+    "accumulation_and_clipping": Scenario(trainer=CLIPPED, callbacks=[{"every_n_train_steps": 2}], records=3),
     "train_mode": Scenario(
-        batch_norm_and_dropout,
-        callbacks=lambda: [
-            callback(name="hesd", mode="train"),
-            callback(name="hesd_recomputed", mode="train", strategy="recompute"),
-        ],
+        batch_norm_and_dropout, callbacks=[TRAIN_MODE, {**TRAIN_MODE, "name": "hesd_again", "strategy": "recompute"}]
     ),
     "mixed_modes": Scenario(
         Switching,
-        callbacks=lambda: [
-            callback(name="hesd", every_n_train_steps=3),
-            callback(name="hesd_kept", mode="keep", every_n_train_steps=3),
-        ],
+        callbacks=[{"every_n_train_steps": 3}, {"name": "hesd_kept", "mode": "keep", "every_n_train_steps": 3}],
         records=3,
     ),
     "validation_and_checkpoints": Scenario(
-        lambda: Validated(nn.Dropout(0.3)),
-        callbacks=lambda: [callback(checkpoint="highest_c_t", at_start=True)],
+        lambda: Ranked(nn.Dropout(0.3)),
+        callbacks=[{"checkpoint": "highest_c_t", "at_start": True}],
         trainer={"enable_checkpointing": True},
         records=3,
     ),
     "failing": Scenario(
         batch_norm_and_dropout,
-        callbacks=lambda: [callback(loss_fn=RaisesEveryOtherTime(), on_error="warn")],
+        callbacks=[{"loss_fn": raises_every_other_time, "on_error": "warn"}],
         trainer={"max_epochs": 4},
         records=4,
         failures=2,
@@ -299,11 +275,9 @@ def test_bit_identical(name: str, tmp_path: Path) -> None:
 def test_every_analysis_finds_the_module_as_training_left_it(tmp_path: Path) -> None:
     """Nothing that one analysis leaves behind, not even inside the module's own objects, reaches the next one."""
     first, second = callback(name="first", mode="train"), callback(name="second", mode="train")
-    module = Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3))
-    fit(tmp_path, first, second, module=module, data=loader(Digits(augment=NOISES["torch"])))
-    for one, other in zip(first.history, second.history, strict=True):
-        assert freeze(one.spectrum.nodes) == freeze(other.spectrum.nodes)
-        assert one.spectrum.loss == other.spectrum.loss
+    fit(tmp_path, first, second, module=batch_norm_and_dropout(), data=loader(Digits(augment=NOISES["torch"])))
+    found = [[(freeze(r.spectrum.nodes), r.spectrum.loss) for r in each.history] for each in (first, second)]
+    assert found[0] == found[1]
 
 
 # Code that reaches out of its module ----------------------------------------------------------------------------------
@@ -572,6 +546,7 @@ def reaching_run(
     act: Callable[[Any, Any], None], folder: Path, *callbacks: HessianSpectrumCallback, kind: Any = Reaching
 ) -> tuple[dict[str, Any], list[str]]:
     """Train, and return what can be reached afterwards, and what the package warned of."""
+    folder.mkdir(exist_ok=True)
     Curriculum.difficulty = 0
     torch.manual_seed(0)
     neighbor, data = Neighbor(), Guided()
@@ -583,8 +558,6 @@ def reaching_run(
 @pytest.mark.parametrize("act", REACHES, ids=lambda act: act.__name__)
 def test_bit_identical_where_the_training_step_reaches_out(act: Any, tmp_path: Path) -> None:
     observer = callback(every_n_train_steps=4, at_start=True, num_samples=8, steps=2)
-    (tmp_path / "without").mkdir()
-    (tmp_path / "with").mkdir()
     without, _ = reaching_run(act, tmp_path / "without")
     with_callback, said = reaching_run(act, tmp_path / "with", observer)
     for key, value in without.items():
@@ -669,12 +642,9 @@ def test_changes_that_cannot_be_undone_are_refused(act: Any, tmp_path: Path, mon
     if act is write_large_array:
         monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 100)
     outcomes = []
-    observers = [
-        callback(num_samples=8, steps=2, on_error="warn", epochs=[0]),
-        callback(num_samples=8, steps=2, epochs=[0], loss_fn=plain_loss),
-    ]
+    shared: dict[str, Any] = {"num_samples": 8, "steps": 2, "epochs": [0]}
+    observers = [callback(**shared, on_error="warn"), callback(**shared, loss_fn=plain_loss)]
     for name, callbacks in {"without": [], "refused": observers[:1], "advised": observers[1:]}.items():
-        (tmp_path / name).mkdir()
         weight = nn.Parameter(torch.ones(()))
         weight.grad = torch.ones(())
         HIDDEN[:] = [weight, torch.optim.SGD([weight], lr=0.1)]
@@ -687,10 +657,6 @@ def test_changes_that_cannot_be_undone_are_refused(act: Any, tmp_path: Path, mon
     assert advised.error is None
 
 
-def write_large_tensor(module: Any, batch: Any) -> None:
-    module.trainer.train_dataloader.dataset.weights[batch[2]] *= 1.1
-
-
 def test_a_large_tensor_is_found_changed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not copied, so one evaluation has changed it; there is no second one in this run."""
     monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 60)
@@ -698,7 +664,7 @@ def test_a_large_tensor_is_found_changed_at_once(tmp_path: Path, monkeypatch: py
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
         calls.append(1)
-        write_large_tensor(module, batch)
+        module.trainer.train_dataloader.dataset.weights[batch[2]] *= 1.1
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, on_error="warn", loss_fn=loss_fn)
@@ -733,29 +699,26 @@ def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
 def test_a_large_array_in_the_memory_of_a_tensor_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could not be made writable again if it were made read-only."""
     monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 60)
-    neighbor = Neighbor()
-    neighbor.values = torch.zeros(64).numpy()  # type: ignore[attr-defined]
-    changes = [0.0, 1.0]
+    neighbor: Any = Neighbor()
+    neighbor.values = torch.zeros(64).numpy()
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
-        neighbor.values[0] += changes[module.current_epoch]  # type: ignore[attr-defined]
+        neighbor.values[0] += float(module.current_epoch == 1)
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
-    with pytest.warns(
-        RuntimeWarning, match=r"`trainer\.callbacks\[0\]\.values` changed .* and was not restored"
-    ) as caught:
+    with own_warnings() as said:
         fit(tmp_path, neighbor, observer)
-    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    [text] = said
+    assert re.search(r"`trainer\.callbacks\[0\]\.values` changed .* and was not restored", text)
     assert [record.error for record in observer.history] == [None] * 2
-    neighbor.values[0] = 0  # type: ignore[attr-defined]  # as it can be
+    neighbor.values[0] = 0  # as it can be
 
 
 def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def restore(state: TrackedValue) -> None:
         if str(state.place).endswith("refusing"):
-            msg = "no"
-            raise OSError(msg)
+            out_of_luck()
 
     monkeypatch.setattr(TrackedValue, "restore", restore)
     neighbor: Any = Neighbor()
@@ -772,7 +735,7 @@ def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch:
     with own_warnings() as texts:
         trainer = fit(tmp_path, neighbor, observer)
     said = "".join(texts)
-    assert "`trainer.callbacks[0].refusing` changed during an analysis and was not restored (OSError('no'))" in said
+    assert "callbacks[0].refusing` changed during an analysis and was not restored (OSError('no luck'))" in said
     assert re.search(r"`trainer\.callbacks\[0\]\.forgetful` changed .* \(it does not take its former values\)", said)
     assert trainer.state.finished
     assert [record.error for record in observer.history] == [None] * 2
@@ -832,18 +795,17 @@ def test_objects_that_cannot_be_read_are_skipped(tmp_path: Path) -> None:
         def __iter__(self) -> Any:
             raise ValueError
 
-        def __len__(self) -> int:
-            raise ValueError
+        __len__ = __iter__
 
-    neighbor = Neighbor()
+    neighbor: Any = Neighbor()
     odd = [Closed(), Endless(), {Closed(): 1}, memoryview(b""), object(), torch.eye(2).to_sparse(), re.compile("")]
-    neighbor.odd = [*odd, torch.zeros(2, device="meta"), threading.local(), {"last": 0}]  # type: ignore[attr-defined]
+    neighbor.odd = [*odd, torch.zeros(2, device="meta"), threading.local(), {"last": 0}]
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
-        neighbor.odd[-1]["last"] += 1  # type: ignore[attr-defined]
+        neighbor.odd[-1]["last"] += 1
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn)
     fit(tmp_path, neighbor, observer)
     assert [record.error for record in observer.history] == [None] * 2
-    assert neighbor.odd[-1] == {"last": 0}  # type: ignore[attr-defined]
+    assert neighbor.odd[-1] == {"last": 0}

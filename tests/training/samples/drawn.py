@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
-from tests.training.modules import Digits, digits, samples
+from tests.training.modules import Digits, samples
 
 
 def positions(drawn: AnalysisSamples) -> list[int]:
@@ -17,7 +17,10 @@ def positions(drawn: AnalysisSamples) -> list[int]:
 
 
 class DatasetOfBatches(Dataset[Any]):
-    """Item b is the b-th batch of four."""
+    """Item b is the b-th batch; there are five."""
+
+    def __init__(self, batch_size: int = 4) -> None:
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return 5
@@ -25,7 +28,20 @@ class DatasetOfBatches(Dataset[Any]):
     def __getitem__(self, number: int) -> Any:
         if number >= 5:
             raise IndexError(number)
-        return samples(list(range(4 * number, 4 * number + 4)))
+        return samples(list(range(self.batch_size * number, self.batch_size * (number + 1))))
+
+
+class Counted:
+    """An iterable that is no DataLoader; it counts the batches that are taken."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.source:
+            self.given += 1
+            yield batch
 
 
 class BulkDigits(Digits):
@@ -44,7 +60,6 @@ class FiniteStream(IterableDataset[Any]):
         self.cursor = 0
 
     def __iter__(self) -> Iterator[Any]:
-        x, y = digits()
         while self.cursor < self.size:
             self.cursor += 1
-            yield x[self.cursor - 1], y[self.cursor - 1], self.cursor - 1
+            yield Digits(self.size)[self.cursor - 1]

@@ -41,9 +41,7 @@ from tests.training.modules import (
     Classifier,
     DataModule,
     Digits,
-    NoisyDigits,
     SeenByLoss,
-    digits,
     fit,
     freeze,
     global_generators,
@@ -53,10 +51,9 @@ from tests.training.modules import (
     samples,
     seed,
 )
-from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, FiniteStream, positions
+from tests.training.samples.drawn import BulkDigits, Counted, DatasetOfBatches, FiniteStream, positions
 
 callback = functools.partial(modules.callback, batch_size=None)  # batches are analyzed as they were read
-
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""
@@ -151,23 +148,15 @@ def test_the_draw_is_random_and_decided_by_the_seed_alone() -> None:
     assert list(first[0]) != sorted(first[0])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
-def test_the_batch_size_does_not_change_the_samples(batch_size: int) -> None:
+def test_batches_are_as_large_as_in_training_or_as_asked_and_of_the_same_samples() -> None:
     expected = draw_samples(loader(shuffle=True), 10)
-    drawn = draw_samples(loader(shuffle=True), 10, batch_size=batch_size)
-    assert positions(drawn) == list(expected.indices)
-    full = [batch.weight for batch in drawn.batches][:-1]
-    assert full == [batch_size] * (len(drawn.batches) - 1)
-    assert sum(batch.weight for batch in drawn.batches) == 10
-
-
-@pytest.mark.parametrize(
-    ("options", "size"),
-    [({"batch_size": 5}, 5), ({"batch_sampler": BatchSampler(RandomSampler(range(SIZE)), 7, drop_last=False)}, 7)],
-    ids=["loader", "batch_sampler"],
-)
-def test_batches_as_large_as_in_training(options: dict[str, Any], size: int) -> None:
-    assert draw_samples(loader(**options), 10).batches[0].weight == size
+    for batch_size, weights in ((1, [1] * 10), (3, [3, 3, 3, 1]), (8, [8, 2]), (100, [10])):
+        drawn = draw_samples(loader(shuffle=True), 10, batch_size=batch_size)
+        assert positions(drawn) == list(expected.indices)
+        assert [batch.weight for batch in drawn.batches] == weights
+    assert [batch.weight for batch in draw_samples(loader(batch_size=5), 10).batches] == [5, 5]
+    batches = BatchSampler(RandomSampler(WHOLE), 7, drop_last=False)
+    assert draw_samples(loader(batch_sampler=batches), 10).batches[0].weight == 7
 
 
 def test_given_positions_in_the_given_order() -> None:
@@ -272,13 +261,12 @@ class EndlessStream(IterableDataset[Any]):
     """Yields random samples for ever."""
 
     def __iter__(self) -> Iterator[Any]:
-        for position in itertools.count():
-            yield NOISES["torch"](digits()[0][position]), digits()[1][position], position
+        return map(Digits(10**9, NOISES["torch"]).__getitem__, itertools.count())
 
 
 DEALT: dict[str, Callable[[], Any]] = {
     "augmentation": lambda: loader(Digits(augment=noise_of_all), shuffle=True),
-    "generator_of_the_dataset": lambda: loader(NoisyDigits(), shuffle=True),
+    "generator_of_the_dataset": lambda: loader(LazyDigits(), shuffle=True),
     "stream": lambda: loader(EndlessStream()),
     "weighted": lambda: loader(sampler=WeightedRandomSampler(training_weights(), 40)),
 }
@@ -314,23 +302,19 @@ class GeneratorStream(IterableDataset[Any]):
     """Holds a generator, which cannot be copied."""
 
     def __init__(self) -> None:
-        self.source = iter((digits()[0][p], digits()[1][p], p) for p in range(20))
+        self.source = (Digits()[position] for position in range(20))
 
     def __iter__(self) -> Iterator[Any]:
         return self.source
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 6, 50])
-def test_a_stream_gives_its_first_samples(batch_size: int | None) -> None:
+def test_a_stream_gives_its_first_samples_and_keeps_its_place(batch_size: int | None) -> None:
     endless = draw_samples(loader(EndlessStream()), 13, batch_size=batch_size)
     assert positions(endless) == list(range(13))
     assert endless.indices is None
-    finite = draw_samples(loader(FiniteStream()), 50, batch_size=batch_size)
-    assert positions(finite) == list(range(20))
-
-
-def test_a_stream_keeps_its_place() -> None:
     stream = FiniteStream()
+    assert positions(draw_samples(loader(stream), 50, batch_size=batch_size)) == list(range(20))
     next(iter(stream))
     assert positions(draw_samples(loader(stream), 5)) == [1, 2, 3, 4, 5]
     assert stream.cursor == 1
@@ -349,26 +333,14 @@ def test_a_stream_that_cannot_be_copied_is_refused_and_skipped(make_loader: Call
 
 class StreamOfBatches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
-        return (samples(list(range(4 * number, 4 * number + 4))) for number in range(5))
-
-
-class BatchesOnDemand:
-    """An iterable of batches that is no DataLoader; it counts the batches that are taken."""
-
-    def __init__(self) -> None:
-        self.given = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in range(5):
-            self.given += 1
-            yield samples(list(range(4 * number, 4 * number + 4)))
+        return iter(DatasetOfBatches())
 
 
 WHOLE_BATCHES: dict[str, Callable[[], Any]] = {
     "dataset": lambda: DataLoader(DatasetOfBatches(), batch_size=None),
     "stream": lambda: DataLoader(StreamOfBatches(), batch_size=None),
-    "iterable": BatchesOnDemand,
-    "list": lambda: list(BatchesOnDemand()),
+    "iterable": lambda: Counted(DatasetOfBatches()),
+    "list": lambda: list(DatasetOfBatches()),
     "combined_loader": lambda: CombinedLoader([DataLoader(StreamOfBatches(), batch_size=None)], "sequential"),
 }
 
@@ -386,10 +358,8 @@ def test_whole_batches_are_taken_from_the_beginning(name: str) -> None:
 
 def test_a_batch_sampler_in_the_place_of_the_sampler() -> None:
     """The idiom of PyTorch's documentation for data sets that read in bulk: only the sampler knows the batches."""
-    bulk = DataLoader(
-        BulkDigits(), sampler=BatchSampler(SubsetRandomSampler(TRAINING), 3, drop_last=False), batch_size=None
-    )
-    drawn = draw_samples(bulk, SIZE)
+    batches = BatchSampler(SubsetRandomSampler(TRAINING), 3, drop_last=False)
+    drawn = draw_samples(DataLoader(BulkDigits(), sampler=batches, batch_size=None), SIZE)
     assert sorted(positions(drawn)) == TRAINING
     assert [batch.weight for batch in drawn.batches] == [3, 3, 2]
 
@@ -405,12 +375,12 @@ def drawn_by(observer: HessianSpectrumCallback) -> Any:
 class Seen(SeenByLoss):
     """Sorts the batches by the step at which they were analyzed."""
 
-    def by_analysis(self) -> list[Any]:
-        return list(self.frozen.values())
-
     def __init__(self) -> None:
         super().__init__()
         self.frozen: dict[int, list[Any]] = {}
+
+    def by_analysis(self) -> list[Any]:
+        return list(self.frozen.values())
 
     def __call__(self, module: pl.LightningModule, batch: Any) -> Tensor:
         self.step = module.global_step
@@ -433,7 +403,7 @@ def test_the_same_samples_at_every_analysis(tmp_path: Path) -> None:
     assert sorted(drawn_by(observer)) == sorted({int(p) for batch in seen.batches for p in batch[2]})
 
 
-def test_the_same_samples_after_resume(tmp_path: Path) -> None:
+def test_the_same_samples_after_resume_unless_their_number_is_another(tmp_path: Path) -> None:
     """Although the dataset has grown since, which changes what would be drawn from it."""
     seen, saved = Seen(), tmp_path / "saved.ckpt"
     before, data = callback(loss_fn=seen), loader(Digits(SIZE, NOISES["torch"]), shuffle=True)
@@ -447,16 +417,11 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     fresh = draw_samples(loader(Digits(SIZE + 20), shuffle=True), 16)
     assert list(fresh.indices) != drawn_by(before), "or resuming would have shown nothing"
 
-
-def test_other_samples_after_resume_with_another_number(tmp_path: Path) -> None:
-    saved = tmp_path / "saved.ckpt"
-    fit(tmp_path, callback(num_samples=16), max_epochs=1).save_checkpoint(saved)
-    data = loader(Digits(SIZE + 20), shuffle=True)
-    after = callback(num_samples=24)
+    other, data = callback(num_samples=24), loader(Digits(SIZE + 20), shuffle=True)
     with pytest.warns(RuntimeWarning, match="16 samples, and `num_samples` is 24 now: other samples are drawn"):
-        fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
-    assert [record.spectrum.num_samples for record in after.history] == [16, 24]
-    assert drawn_by(after) == list(draw_samples(data, 24).indices)
+        fit(tmp_path, other, data=data, ckpt_path=saved, max_epochs=2)
+    assert [record.spectrum.num_samples for record in other.history] == [16, 24]
+    assert drawn_by(other) == list(draw_samples(data, 24).indices)
 
 
 class Buckets(Sampler[list[int]]):
@@ -505,23 +470,53 @@ class Skipping(Classifier):
 def test_batches_that_training_step_skips_are_left_out(tmp_path: Path) -> None:
     observer = callback(num_samples=SIZE)
     fit(tmp_path, observer, module=Skipping(), data=loader(batch_size=4), max_epochs=1)
-    spectrum = observer.history[0].spectrum
     drawn = draw_samples(loader(batch_size=4), SIZE)
     skipped = sum(int(batch.data[1][0] % 2) for batch in drawn.batches)
     assert 0 < skipped < 10
-    assert spectrum.num_samples == SIZE - 4 * skipped
-    assert f"{skipped} of 10 batches left out" in spectrum.strategy_reason
+    assert observer.history[0].spectrum.num_samples == SIZE - 4 * skipped
+    assert f"{skipped} of 10 batches left out" in observer.history[0].spectrum.strategy_reason
 
-
-@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
-def test_if_it_skips_all_there_is_no_spectrum(tmp_path: Path) -> None:
-    observer = callback(on_error="warn")
+    refused, advised = callback(on_error="warn"), callback(name="advised", loss_fn=plain_loss)
     with pytest.warns(RuntimeWarning, match=r"skipped all 2 batches.*Pass a `loss_fn`"):
-        fit(tmp_path, observer, module=Skipping(everything=True), max_epochs=1)
-    assert observer.history[0].spectrum is None
-    advised = callback(loss_fn=plain_loss)
-    fit(tmp_path, advised, module=Skipping(everything=True), max_epochs=1)
+        fit(tmp_path, refused, advised, module=Skipping(everything=True), max_epochs=1)
+    assert refused.history[0].spectrum is None
     assert advised.history[0].spectrum is not None
+
+
+class Rewrapped(Digits):
+    """Gives each sample a value of a baseline, too."""
+
+    def __getitem__(self, i: int) -> Any:
+        return *super().__getitem__(i), 0.5
+
+
+class Rewrapping(DataModule):
+    """Has a baseline after the first epoch."""
+
+    def train_dataloader(self) -> Any:
+        kind = Digits if self.trainer.current_epoch == 0 else Rewrapped
+        return loader(kind(), shuffle=True)
+
+
+class WithBaseline(Classifier):
+    """Needs the baseline as soon as there is one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        baseline = batch[3].mean() if self.current_epoch > 0 else 0.0
+        return super().training_step(batch[:3], batch_idx) - baseline
+
+
+def test_samples_that_fail_are_replaced_where_training_has_replaced_its_dataloader(tmp_path: Path) -> None:
+    untouched, module, observer = WithBaseline(), WithBaseline(), callback(num_samples=16)
+    options = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+    fit(tmp_path, module=untouched, data=Rewrapping(), **options)
+    with pytest.warns(
+        RuntimeWarning, match=r"replaced its dataloader.*\(list index out of range\).*different samples"
+    ) as said:
+        fit(tmp_path, observer, module=module, data=Rewrapping(), **options)
+    assert len([w for w in said if "lightning_hesd" in str(w.message)]) == 1
+    assert [record.spectrum.num_samples for record in observer.history] == [16, 16, 16]
+    assert freeze(module.state_dict()) == freeze(untouched.state_dict())
 
 
 # Transfer hooks -------------------------------------------------------------------------------------------------------
@@ -533,14 +528,12 @@ def shift_noisily_in_place(batch: Any) -> Any:
 
 
 class Hooked:
-    """The transfer hooks, each of which may be replaced by a function of the batch."""
+    """The transfer hooks, one of which changes batches."""
 
-    def use(self, hook: str, change: Callable[[Any], Any]) -> Any:
-        self.hook, self.change = hook, change
-        return self
+    hook = "on_before_batch_transfer"
 
     def _changed(self, hook: str, batch: Any) -> Any:
-        return self.change(batch) if hook == self.hook else batch
+        return shift_noisily_in_place(batch) if hook == self.hook else batch
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self._changed("on_before_batch_transfer", batch)
@@ -561,12 +554,12 @@ class HookedData(Hooked, DataModule): ...
 
 @pytest.mark.parametrize("where", ["module", "datamodule"])
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
-def test_transfer_hooks(hook: str, where: str, tmp_path: Path) -> None:
+def test_transfer_hooks(hook: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are applied, once to each batch, with the same result at every analysis."""
+    monkeypatch.setattr(Hooked, "hook", hook)
     seen = Seen()
     observer = callback(loss_fn=seen, at_start=True)
-    module = HookedModule().use(hook, shift_noisily_in_place) if where == "module" else Classifier()
-    data = HookedData().use(hook, shift_noisily_in_place) if where == "datamodule" else loader()
+    module, data = (HookedModule(), loader()) if where == "module" else (Classifier(), HookedData())
     fit(tmp_path, observer, module=module, data=data, max_epochs=1, limit_train_batches=2)
     first, second = seen.by_analysis()
     assert len(first) == 2
@@ -581,7 +574,6 @@ def test_the_users_own_batches_are_not_changed(tmp_path: Path) -> None:
     batches = [samples([0, 1, 2]), samples([3, 4])]
     before = freeze(batches)
     observer = callback(dataloader=batches)
-    module = HookedModule().use("on_before_batch_transfer", shift_noisily_in_place)
-    fit(tmp_path, observer, module=module, max_epochs=1)
+    fit(tmp_path, observer, module=HookedModule(), max_epochs=1)
     assert observer.history[0].spectrum.num_samples == 5
     assert freeze(batches) == before

@@ -10,23 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
 from lightning_hesd.training.samples.analysis_samples import draw_samples
 from lightning_hesd.training.samples.positions import spread_positions
 from tests.line_count import counted_lines
+from tests.training.broken import raising
 from tests.training.modules import SIZE, Classifier, Digits, callback, fit, freeze, loader, seed
 from tests.training.samples.drawn import positions
-
-# Positions in the epoch -----------------------------------------------------------------------------------------------
 
 
 def shares(chosen: list[int], period: int) -> list[float]:
@@ -44,36 +35,31 @@ def test_a_term_in_every_kth_batch_has_its_share(count: int, total: int) -> None
             assert abs(share - expected) * count <= 3.0, "where chance would make it five"
 
 
-@pytest.mark.parametrize(("count", "total"), [(3, 8), (4, 48), (16, 100), (32, 391), (32, 100_000), (300, 1000)])
-def test_positions_cover_the_epoch(count: int, total: int) -> None:
-    for evenness, most in ((0.3, 0.4), (2.0, 1.0 / count)):
-        chosen = np.array(spread_positions(count, total, evenness=evenness))
-        assert np.abs((chosen + 0.5) / total - (np.arange(count) + 0.5) / count).max() <= most
-        assert sorted(set(chosen)) == chosen.tolist()
+def test_positions_cover_the_epoch() -> None:
+    for count, total in ((3, 8), (4, 48), (16, 100), (32, 391), (32, 100_000), (300, 1000)):
+        for evenness, most in ((0.3, 0.4), (2.0, 1.0 / count)):
+            chosen = np.array(spread_positions(count, total, evenness=evenness))
+            assert np.abs((chosen + 0.5) / total - (np.arange(count) + 0.5) / count).max() <= most
+            assert sorted(set(chosen)) == chosen.tolist()
+    for total in (1, 3, 16):
+        assert spread_positions(16, total) == list(range(total))
 
 
-@pytest.mark.parametrize("total", [1, 3, 16])
-def test_a_whole_epoch_has_each_position_once(total: int) -> None:
-    assert spread_positions(16, total) == list(range(total))
+class Regularized(Classifier):
+    """Regularizes in every nth batch, n-fold."""
 
-
-class Lazy(Classifier):
-    """Regularizes in every fourth batch, fourfold."""
+    every = 1
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        penalty = sum((p**2).sum() for p in self.parameters())
-        return super().training_step(batch, batch_idx) + (0.04 * penalty if batch_idx % 4 == 0 else 0.0)
-
-
-class Steady(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) + 0.01 * sum((p**2).sum() for p in self.parameters())
+        penalty = sum((p**2).sum() for p in self.parameters()) if batch_idx % self.every == 0 else 0.0
+        return super().training_step(batch, batch_idx) + 0.01 * self.every * penalty
 
 
 def test_batch_idx_is_the_position_in_the_epoch(tmp_path: Path) -> None:
     found = []
-    for module in (Lazy(), Steady()):
-        observer = callback(steps=8, num_samples=32, at_start=True, epochs=[])
+    for every in (1, 4):
+        observer, module = callback(steps=8, num_samples=32, at_start=True, epochs=[]), Regularized()
+        module.every = every
         fit(tmp_path, observer, module=module, data=loader(Digits(32), batch_size=4, shuffle=True), max_epochs=1)
         found.append(observer.history[0].spectrum)
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
@@ -82,14 +68,11 @@ def test_batch_idx_is_the_position_in_the_epoch(tmp_path: Path) -> None:
 
 
 def test_positions_are_those_that_training_reaches() -> None:
-    drawn = draw_samples(loader(batch_size=1, shuffle=True), 4, max_batches=6)
-    assert {batch.position for batch in drawn.batches} <= set(range(6))
-    assert len({batch.position for batch in drawn.batches}) == 4
+    reached = {batch.position for batch in draw_samples(loader(batch_size=1, shuffle=True), 4, max_batches=6).batches}
+    assert reached <= set(range(6))
+    assert len(reached) == 4
     distributed = loader(batch_size=1, sampler=DistributedSampler(Digits(), num_replicas=4, rank=1))
     assert {batch.position for batch in draw_samples(distributed, SIZE).batches} == set(range(10))
-
-
-# Samplers of the user's own -------------------------------------------------------------------------------------------
 
 
 class Identities(Sampler[int]):
@@ -117,8 +100,7 @@ class Buckets(Sampler[list[int]]):
         for bucket in self.buckets:
             np.random.shuffle(bucket)  # noqa: NPY002 - in place, as many do
             batches += [bucket[start : start + 4] for start in range(0, 10, 4)]
-        order = torch.randperm(len(batches)).tolist()
-        return iter([batches[number] for number in order])
+        return iter([batches[number] for number in torch.randperm(12).tolist()])
 
     def __len__(self) -> int:
         return 12
@@ -126,17 +108,16 @@ class Buckets(Sampler[list[int]]):
 
 def one_bucket_only(items: list[Any]) -> Any:
     if len({item[2] % 4 for item in items}) > 1:
-        msg = "stack expects each tensor to be equal size"
-        raise RuntimeError(msg)
+        raising(RuntimeError("stack expects each tensor to be equal size"))()
     return torch.utils.data.default_collate(items)
 
 
 def test_drawing_with_replacement_repeats() -> None:
-    drawn = draw_samples(loader(sampler=RandomSampler(range(SIZE), replacement=True, num_samples=100)), 1000)
+    data = loader(sampler=RandomSampler(range(SIZE), replacement=True, num_samples=100))
+    drawn = draw_samples(data, 1000)
     assert len(drawn.indices) == 100
     assert len(set(drawn.indices)) < SIZE
-    few = draw_samples(loader(sampler=RandomSampler(range(SIZE), replacement=True, num_samples=100)), 30)
-    assert [batch.weight for batch in few.batches] == [8, 8, 8, 6]
+    assert [batch.weight for batch in draw_samples(data, 30).batches] == [8, 8, 8, 6]
 
 
 @pytest.mark.parametrize("num_samples", [1, 12, 1000])
@@ -150,11 +131,14 @@ def test_identities_stay_together(num_samples: int, drop_last: bool) -> None:
 
 
 def test_a_batch_size_of_the_analysis_regroups_what_a_sampler_draws() -> None:
-    whole = draw_samples(loader(sampler=list(range(SIZE))), 1000)
-    for size, positions_in_epoch in ((16, [0, 2, 4]), (4, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])):
+    for size, weights, positions_in_epoch in (
+        (None, [8] * 5, [0, 1, 2, 3, 4]),
+        (16, [16, 16, 8], [0, 2, 4]),
+        (4, [4] * 10, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),
+    ):
         drawn = draw_samples(loader(sampler=list(range(SIZE))), 1000, batch_size=size)
-        assert drawn.indices == whole.indices == tuple(range(SIZE))
-        assert [batch.weight for batch in drawn.batches] == [size] * (SIZE // size) + [SIZE % size] * (SIZE % size > 0)
+        assert drawn.indices == tuple(range(SIZE))
+        assert [batch.weight for batch in drawn.batches] == weights
         assert [batch.position for batch in drawn.batches] == positions_in_epoch
 
 
@@ -216,9 +200,8 @@ def test_batches_from_all_over_the_epoch_of_a_sampler() -> None:
     drawn = draw_samples(loader(sampler=sampler, batch_size=4), 16)
     assert len(drawn.indices) == 16
     assert abs(np.mean(drawn.indices) - (SIZE - 1) / 2) < 4
-    assert [batch.data[2].tolist() for batch in drawn.batches] == [
-        list(range(4 * batch.position, 4 * batch.position + 4)) for batch in drawn.batches
-    ]
+    for batch in drawn.batches:
+        assert batch.data[2].tolist() == list(range(4 * batch.position, 4 * batch.position + 4))
     assert sampler.epoch == 0
     early = draw_samples(loader(sampler=sampler, batch_size=4), 1000, max_batches=3)
     assert list(early.indices) == list(range(12)), "training sees no more"
@@ -248,7 +231,7 @@ class Pairs(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         positions = list(self.sampler)
-        yield from ([first, second] for first, second in zip(positions[::2], positions[1::2], strict=True))
+        return iter([positions[start : start + 2] for start in range(0, len(positions), 2)])
 
     def __len__(self) -> int:
         return len(self.sampler) // 2
@@ -256,15 +239,13 @@ class Pairs(BatchSampler):
 
 def test_batches_of_all_ranks() -> None:
     """A sampler that Lightning or the user distributes gives one rank a part of the epoch only."""
-    whole = draw_samples(loader(batch_sampler=Pairs(SequentialSampler(range(SIZE)), 8, drop_last=False)), 1000)
+    whole = draw_samples(loader(batch_sampler=Pairs(range(SIZE), 8, drop_last=False)), 1000)
     for rank in (0, 1):
         sampler = DistributedSampler(range(SIZE), num_replicas=2, rank=rank, shuffle=False)
         drawn = draw_samples(loader(batch_sampler=Pairs(sampler, 8, drop_last=False)), 1000)
         assert drawn.indices == whole.indices
         assert [batch.position for batch in drawn.batches] == [n // 2 for n in range(20)]
 
-
-# Work -----------------------------------------------------------------------------------------------------------------
 
 MANY = 100_000
 
@@ -283,9 +264,7 @@ class Paths(Dataset[Any]):
             raise IndexError(position)
         return torch.zeros(2), self.samples[position][1], position
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        msg = "a copy of the data"
-        raise AssertionError(msg)
+    __deepcopy__ = raising(AssertionError("a copy of the data"))
 
 
 class Holder(Sampler[int]):

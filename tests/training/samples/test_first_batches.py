@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -31,23 +31,20 @@ from tests.training.modules import (
     plain_loss,
     samples,
 )
-from tests.training.samples.drawn import BulkDigits, FiniteStream
+from tests.training.samples.drawn import BulkDigits, Counted, DatasetOfBatches, FiniteStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
 
 callback = functools.partial(modules.callback, batch_size=None)  # batches are analyzed as they were read
 
 
 def loss_of(module: pl.LightningModule, batch: Any) -> Any:
     """Return the loss of a batch of one loader or of several."""
-    if isinstance(batch, dict):
-        return sum(loss_of(module, part) for part in batch.values())
-    if not isinstance(batch[0], torch.Tensor):
-        return sum(loss_of(module, part) for part in batch)
-    x, y = batch[:2]
-    return plain_loss(module, [x.reshape(-1, 64), y.reshape(-1)])
+    parts = list(batch.values()) if isinstance(batch, dict) else batch
+    if not isinstance(parts[0], torch.Tensor):
+        return sum(loss_of(module, part) for part in parts)
+    return plain_loss(module, [parts[0].reshape(-1, 64), parts[1].reshape(-1)])
 
 
 class Observed(Classifier):
@@ -61,9 +58,7 @@ class Observed(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.trained.append(freeze(batch))
-        if self.in_place:
-            batch[0].mul_(0)
-        return loss_of(self, batch)
+        return loss_of(self, [batch[0].mul_(0), batch[1]] if self.in_place else batch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.transfers += 1
@@ -81,22 +76,6 @@ class Seen:
         if torch.get_default_dtype() == torch.float32 and frozen not in self.batches:
             self.batches.append(frozen)
         return loss_of(module, batch)
-
-
-# Loaders --------------------------------------------------------------------------------------------------------------
-
-
-class Counted:
-    """Counts how many batches are taken from an iterable."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-        self.taken = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.source:
-            self.taken += 1
-            yield batch
 
 
 class OwnIter(DataLoader[Any]):
@@ -147,17 +126,12 @@ class LockedSampler(Sampler[int]):
             return iter(torch.randperm(SIZE).tolist())
 
 
-class LockedLoader:
-    """An iterable that cannot be copied."""
+class LockedLoader(Counted):
+    """Cannot be copied."""
 
     def __init__(self) -> None:
+        super().__init__(DatasetOfBatches(8))
         self.lock = threading.Lock()
-        self.given = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in range(5):
-            self.given += 1
-            yield samples(list(range(8 * number, 8 * number + 8)))
 
 
 def batches(count: int = 5) -> Iterator[Any]:
@@ -189,9 +163,9 @@ def test_the_samples_are_the_first_batches_of_training(name: str, tmp_path: Path
     for observers in ([], [callback(loss_fn=(seen := Seen()), num_samples=16)]):
         module = Observed()
         data = LOADERS[name]()
-        counted = Counted(data) if name in {"single_pass", "uncopyable"} else data
+        counted = Counted(data) if name == "single_pass" else data
         trainer = fit(tmp_path, *observers, module=module, data=counted, limit_train_batches=3)
-        left = [getattr(counted, "taken", None), getattr(getattr(data, "dataset", None), "cursor", None)]
+        left = [getattr(counted, "given", None), getattr(getattr(data, "dataset", None), "cursor", None)]
         left.append(getattr(getattr(data, "sampler", None), "epochs", None))
         ends.append((freeze(module.state_dict()), global_generators(), module.transfers, left, module.trained))
         assert "on_train_batch_start" not in vars(trainer.strategy), "nothing is left behind"
@@ -203,16 +177,13 @@ def test_the_samples_are_the_first_batches_of_training(name: str, tmp_path: Path
     assert sorted(map(str, seen.batches)) == sorted(map(str, module.trained[:count]))
 
 
-def test_a_list_of_batches_is_several_loaders_to_lightning(tmp_path: Path) -> None:
+def test_to_lightning_a_list_of_batches_is_several_loaders(tmp_path: Path) -> None:
     """Each yields its rows, which is what is trained, and hardly what was meant."""
     seen, module = Seen(), Observed()
     with pytest.warns(RuntimeWarning, match=r"entry of a list .* batch_size=None"):
         fit(tmp_path, callback(loss_fn=seen, num_samples=128), module=module, data=list(batches(2)), max_epochs=1)
     assert len(module.trained) == 8
     assert seen.batches == module.trained[:2]
-
-
-# When and what --------------------------------------------------------------------------------------------------------
 
 
 def test_batches_are_copied_after_all_hooks(tmp_path: Path) -> None:
@@ -238,17 +209,10 @@ def test_batches_are_copied_after_all_hooks(tmp_path: Path) -> None:
     assert seen.batches == module.trained[:2], "the third is not trained, and ends the epoch"
 
 
-def test_an_analysis_at_the_start_is_left_out(tmp_path: Path) -> None:
-    observer = callback(at_start=True)
+def test_analyses_between_steps_use_the_batches_so_far_and_one_at_the_start_is_left_out(tmp_path: Path) -> None:
+    observer = callback(every_n_train_steps=1, num_samples=24, at_start=True)
     with pytest.warns(RuntimeWarning, match=r"`at_start`.* is left out.*a loader or a list of batches"):
-        fit(tmp_path, observer, data=loader(FiniteStream(99)), limit_train_batches=2)
-    assert [record.epoch for record in observer.history] == [0, 1]
-    assert all(record.spectrum.num_samples == 16 for record in observer.history)
-
-
-def test_analyses_between_steps_use_the_batches_so_far(tmp_path: Path) -> None:
-    observer = callback(every_n_train_steps=1, num_samples=24)
-    fit(tmp_path, observer, data=loader(FiniteStream(99)), limit_train_batches=5, max_epochs=1)
+        fit(tmp_path, observer, data=loader(FiniteStream(99)), limit_train_batches=5, max_epochs=1)
     assert [record.spectrum.num_samples for record in observer.history] == [8, 16, 24, 24, 24]
 
 
@@ -287,13 +251,12 @@ def test_a_resumed_run_copies_its_own_first_batches(tmp_path: Path) -> None:
     assert seen.batches == module.trained[:2]
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batches_kept", [1, 2])
-def test_the_memory_of_copied_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("batches_kept", "room"), [(1, 0.5), (2, 2.5)], ids=["one at least", "two"])
+def test_the_memory_of_copied_batches_is_bounded(
+    batches_kept: int, room: float, tmp_path: Path, monkeypatch: Any
+) -> None:
     size = sum(part.nbytes for part in samples(list(range(8))))
-    monkeypatch.setattr(first_batches, "MAX_COPIED_BYTES", batches_kept * size + size // 2 - size * (batches_kept == 1))
+    monkeypatch.setattr(first_batches, "MAX_COPIED_BYTES", int(room * size))
     observer = callback(num_samples=32)
     with pytest.warns(RuntimeWarning, match=rf"{8 * batches_kept} samples .* instead of 32, .* more than 0 MiB"):
         fit(tmp_path, observer, data=LockedLoader(), max_epochs=1)
@@ -311,9 +274,6 @@ def test_a_view_is_copied_without_the_memory_around_it() -> None:
     assert copy["x"].abs().sum() > 0
 
 
-# Batches that cannot be copied ----------------------------------------------------------------------------------------
-
-
 class Attached(Classifier):
     """Batches that have passed through a layer are of the module's graph: a copy would be another function."""
 
@@ -329,23 +289,16 @@ def test_batches_that_cannot_be_copied(tmp_path: Path) -> None:
     assert observer.history[0].spectrum is None
 
 
-@dataclass
-class Opaque:
-    items: Any
-
-
 def test_batches_of_unknown_size(tmp_path: Path) -> None:
     class Takes(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return plain_loss(self, [torch.tensor(part) for part in batch.items])
 
-    data = [Opaque([part.numpy() for part in samples([0, 1, 2])])] * 3
-    observer = callback(on_error="warn")
+    data = Counted([SimpleNamespace(items=[part.numpy() for part in samples([0, 1, 2])])] * 3)
+    weighed = callback(name="weighed", batch_weight=lambda batch: float(len(batch.items[0])), num_samples=6)
     with pytest.warns(RuntimeWarning, match="pass `batch_weight`"):
-        fit(tmp_path, observer, module=Takes(), data=Counted(data), max_epochs=1)
-    observer = callback(batch_weight=lambda batch: float(len(batch.items[0])), num_samples=6)
-    fit(tmp_path, observer, module=Takes(), data=Counted(data), max_epochs=1)
-    assert observer.history[0].spectrum.num_samples == 6
+        fit(tmp_path, callback(on_error="warn"), weighed, module=Takes(), data=data, max_epochs=1)
+    assert weighed.history[0].spectrum.num_samples == 6
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`", "ignore:Found `dataloader_iter`")
@@ -354,19 +307,9 @@ def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
         def training_step(self, dataloader_iter: Any) -> Any:
             return plain_loss(self, next(dataloader_iter)[0])
 
-    with pytest.raises(
-        MisconfigurationException, match=r"`dataloader_iter`.*no samples .*pass the callback `dataloader=`"
-    ):
-        fit(
-            tmp_path,
-            callback(loss_fn=plain_loss),
-            module=Fetches(),
-            data=loader(FiniteStream(99)),
-            limit_train_batches=2,
-        )
-
-
-# Several ranks --------------------------------------------------------------------------------------------------------
+    message = r"`dataloader_iter`.*no samples .*pass the callback `dataloader=`"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, callback(loss_fn=plain_loss), module=Fetches(), data=loader(FiniteStream(99)))
 
 
 class Share(IterableDataset[Any]):
@@ -400,9 +343,6 @@ def test_two_ranks_keep_half_of_the_samples_each(tmp_path: Path) -> None:
     assert both.c_t == pytest.approx(alone.c_t, rel=1e-9)
 
 
-# A dataloader of the user's own ---------------------------------------------------------------------------------------
-
-
 def test_a_dataloader_of_the_users_that_cannot_be_copied_is_iterated(tmp_path: Path) -> None:
     for own in (LockedLoader(), source := batches()):
         observer = callback(dataloader=own)
@@ -410,27 +350,21 @@ def test_a_dataloader_of_the_users_that_cannot_be_copied_is_iterated(tmp_path: P
         assert [record.spectrum.num_samples for record in observer.history] == [16, 16]
     assert len(list(source)) == 3, "of five batches two were taken"
 
-
-def test_the_training_dataloader_given_again_is_that_of_training(tmp_path: Path) -> None:
-    data = Counted(LockedLoader())
+    data = LockedLoader()
     observer = callback(dataloader=data)
     fit(tmp_path, observer, data=data, max_epochs=1)
-    assert data.taken == 5
+    assert data.given == 5, "it is the loader of training, which is not iterated once more"
     assert observer.history[0].spectrum.num_samples == 16
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda *of: list(of),
-        lambda *of: dict(zip("ab", of, strict=True)),
-        lambda *of: CombinedLoader(dict(zip("ab", of, strict=True)), "min_size"),
-    ],
-    ids=["list", "dict", "combined"],
-)
-def test_several_dataloaders_of_the_users_beside_several_of_training(make: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["list", "dict", "combined"])
+def test_several_dataloaders_of_the_users_beside_several_of_training(kind: str, tmp_path: Path) -> None:
+    def several() -> Any:
+        both = {"a": loader(), "b": loader()}
+        return {"list": [*both.values()], "dict": both, "combined": CombinedLoader(both, "min_size")}[kind]
+
     seen = Seen()
-    observer = callback(dataloader=make(loader(), loader()), loss_fn=seen)
-    fit(tmp_path, observer, module=Observed(), data=make(loader(), loader()), max_epochs=1)
+    observer = callback(dataloader=several(), loss_fn=seen)
+    fit(tmp_path, observer, module=Observed(), data=several(), max_epochs=1)
     assert len(seen.batches) == 2
     assert observer.state_dict()["samples"]["training"]["indices"] is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, default_collate, get_worker_info
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
-from tests.training.modules import (
-    SIZE,
-    Classifier,
-    Digits,
-    callback,
-    digits,
-    fit,
-    freeze,
-    global_generators,
-    loader,
-    samples,
-)
-from tests.training.samples.drawn import DatasetOfBatches, positions
-
-# Workers --------------------------------------------------------------------------------------------------------------
+from tests.training.modules import SIZE, Digits, digits, freeze, global_generators, loader, samples
+from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, positions
 
 
 class InWorkersOnly(Digits):
@@ -58,20 +44,19 @@ class Shards(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        for position in range(info.id, SIZE, info.num_workers):
-            yield digits()[0][position], digits()[1][position], position
+        return (Digits()[position] for position in range(info.id, SIZE, info.num_workers))
 
 
 class WholeShards(Shards):
     def __iter__(self) -> Iterator[Any]:
         assert get_worker_info() is not None
-        return (samples(list(range(4 * n, 4 * n + 4))) for n in range(10))
+        return iter(DatasetOfBatches())
 
 
-class BulkInWorkers(Digits):
+class BulkInWorkers(BulkDigits):
     def __getitem__(self, chosen: Any) -> Any:
         assert get_worker_info() is not None
-        return samples(list(chosen))
+        return super().__getitem__(chosen)
 
 
 WORKERS: dict[str, Callable[[], Any]] = {
@@ -80,10 +65,7 @@ WORKERS: dict[str, Callable[[], Any]] = {
     "stream": lambda: loader(Shards(), num_workers=2),
     "stream_of_batches": lambda: DataLoader(WholeShards(), batch_size=None, num_workers=1),
     "bulk": lambda: DataLoader(
-        BulkInWorkers(),
-        batch_size=None,
-        num_workers=1,
-        sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False),
+        BulkInWorkers(), None, sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False), num_workers=1
     ),
 }
 
@@ -116,11 +98,11 @@ class Noisy(InWorkersOnly):
 
 
 def test_augmentation_does_not_depend_on_the_number_of_workers() -> None:
-    drawn = [
-        draw_samples(loader(Noisy(), shuffle=True, num_workers=workers, worker_init_fn=open_file), 24)
-        for workers in (1, 2)
-    ]
-    assert freeze([batch.data for batch in drawn[0].batches]) == freeze([batch.data for batch in drawn[1].batches])
+    found = []
+    for workers in (1, 2):
+        drawn = draw_samples(loader(Noisy(), shuffle=True, num_workers=workers, worker_init_fn=open_file), 24)
+        found.append(freeze([batch.data for batch in drawn.batches]))
+    assert found[0] == found[1]
 
 
 def test_a_failure_here_and_in_workers_is_that_of_this_process() -> None:
@@ -132,9 +114,6 @@ def test_a_failure_here_and_in_workers_is_that_of_this_process() -> None:
         draw_samples(loader(Broken(), num_workers=1), 16)
     with pytest.raises(AttributeError, match="num_workers"):
         draw_samples(loader(NeedsInfo()), 16)  # training has no workers either
-
-
-# Loaders that iterate in a way of their own ---------------------------------------------------------------------------
 
 
 class Scaled(DataLoader[Any]):
@@ -163,9 +142,8 @@ class FromTensors:
     def __iter__(self) -> Iterator[Any]:
         np.random.shuffle(self.order)  # noqa: NPY002
         for start in range(0, SIZE, 8):
-            yield [100 * self.tensors[0][self.order[start : start + 8]]] + [
-                tensor[self.order[start : start + 8]] for tensor in self.tensors[1:]
-            ]
+            x, *rest = (tensor[self.order[start : start + 8]] for tensor in self.tensors)
+            yield [100 * x, *rest]
 
 
 class Wrapped:
@@ -212,61 +190,44 @@ def test_a_loader_with_an_iter_of_its_own_is_not_taken_apart(name: str) -> None:
         running._shutdown_workers()
 
 
-def test_the_loss_analyzed_is_the_one_trained(tmp_path: Path) -> None:
-    observer = callback(num_samples=SIZE)
-    module = Classifier()
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
-    trainer = fit(tmp_path, observer, module=module, data=Scaled(Digits(), batch_size=SIZE), max_epochs=1)
-    assert observer.history[0].spectrum.loss == pytest.approx(float(trainer.callback_metrics["train_loss"]), rel=1e-5)
+def filtering(kept: Callable[[int], bool]) -> Callable[[list[Any]], Any]:
+    """Return a function that leaves out samples, as collate functions do with those that could not be read."""
 
-
-# Samples that collate functions drop ----------------------------------------------------------------------------------
-
-
-class Filtering:
-    """Leaves out samples, as collate functions do with those that could not be read."""
-
-    def __init__(self, kept: Callable[[int], bool]) -> None:
-        self.kept = kept
-
-    def __call__(self, items: list[Any]) -> Any:
-        items = [item for item in items if self.kept(item[2])]
+    def collate(items: list[Any]) -> Any:
+        items = [item for item in items if kept(item[2])]
         return default_collate(items) if items else None
 
+    return collate
 
-def test_batches_weigh_by_the_samples_in_them() -> None:
-    data = loader(shuffle=True, collate_fn=Filtering(lambda position: position % 4 == 0))
+
+def test_batches_weigh_by_the_samples_in_them_and_are_left_out_where_they_are_empty() -> None:
+    data = loader(shuffle=True, collate_fn=filtering(lambda position: position % 4 == 0))
     drawn = draw_samples(data, 1000)
     assert sorted(positions(drawn)) == list(range(0, SIZE, 4))
     assert [batch.weight for batch in drawn.batches] == [len(batch.data[2]) for batch in drawn.batches]
     assert sum(batch.weight for batch in draw_samples(data, 5).batches) >= 5, "it goes on until these are there"
     assert len(draw_samples(data, 5).indices) < SIZE
 
-
-def test_batches_that_come_out_empty_are_left_out() -> None:
-    data = loader(batch_size=4, sampler=list(range(SIZE)), collate_fn=Filtering(lambda position: position >= 20))
+    data = loader(batch_size=4, sampler=list(range(SIZE)), collate_fn=filtering(lambda position: position >= 20))
     drawn = draw_samples(data, 1000)
     assert sorted(positions(drawn)) == list(range(20, SIZE))
-    assert [batch.index for batch in drawn.batches] == [0, 1, 2, 3, 4]
-    assert [batch.position for batch in drawn.batches] == [5, 6, 7, 8, 9]
+    assert [(batch.index, batch.position) for batch in drawn.batches] == [(0, 5), (1, 6), (2, 7), (3, 8), (4, 9)]
     again = draw_samples(data, 1000, drawn=drawn.drawn)
     assert [freeze(b.data) for b in again.batches] == [freeze(b.data) for b in drawn.batches]
 
 
-class Views:
-    def __call__(self, items: list[Any]) -> Any:
-        x, y, position = default_collate(items)
-        return torch.cat([x, x + 1]), torch.cat([y, y]), torch.cat([position, position])
+def two_views(items: list[Any]) -> Any:
+    x, y, position = default_collate(items)
+    return torch.cat([x, x + 1]), torch.cat([y, y]), torch.cat([position, position])
 
 
-def test_batches_that_grow() -> None:
-    drawn = draw_samples(loader(shuffle=True, collate_fn=Views()), SIZE)
+def test_positions_that_stand_for_several_samples_each() -> None:
+    data = loader(shuffle=True, collate_fn=two_views)
+    drawn = draw_samples(data, SIZE)
     assert [batch.weight for batch in drawn.batches] == [16] * 3, "as many as hold forty samples"
     assert len(drawn.indices) == 24
-    assert len(draw_samples(loader(shuffle=True, collate_fn=Views()), 2 * SIZE).indices) == SIZE
+    assert len(draw_samples(data, 2 * SIZE).indices) == SIZE
 
-
-def test_positions_that_stand_for_a_whole_batch_each() -> None:
     data = loader(DatasetOfBatches(), batch_size=1, shuffle=True, collate_fn=lambda items: items[0])
     drawn = draw_samples(data, 8)
     assert [batch.weight for batch in drawn.batches] == [4, 4]
@@ -284,15 +245,12 @@ def detection(items: list[Any]) -> Any:
     return images, [{"boxes": torch.zeros(1 + position % 5, 4)} for _, _, position in items]
 
 
-class Temperature:
-    def __call__(self, items: list[Any]) -> Any:
-        x, y, position = default_collate(items)
-        return {"temperature": torch.tensor(2.0), "x": x, "y": y, "position": position}
+def scalar_first(items: list[Any]) -> Any:
+    x, y, position = default_collate(items)
+    return {"temperature": torch.tensor(2.0), "x": x, "y": y, "position": position}
 
 
-@pytest.mark.parametrize(
-    "collate", [time_first, detection, Temperature(), list], ids=["time first", "detection", "scalar first", "list"]
-)
+@pytest.mark.parametrize("collate", [time_first, detection, scalar_first, list])
 def test_the_number_of_positions_is_the_weight_whatever_is_made_of_them(collate: Callable[[Any], Any]) -> None:
     drawn = draw_samples(loader(batch_size=7, collate_fn=collate), 20)
     assert [batch.weight for batch in drawn.batches] == [7, 7, 6]
@@ -303,14 +261,12 @@ def only_time_first(items: list[Any]) -> Any:
     return x, y.repeat(8, 1)
 
 
-class Graphs:
-    """Nodes of all samples in one tensor."""
-
-    def __call__(self, items: list[Any]) -> Any:
-        return {"nodes": torch.zeros(3 * len(items) + 1, 2), "edges": torch.zeros(2, 11, dtype=torch.long)}
+def graphs(items: list[Any]) -> Any:
+    """Put the nodes of all samples into one tensor."""
+    return {"nodes": torch.zeros(3 * len(items) + 1, 2), "edges": torch.zeros(2, 11, dtype=torch.long)}
 
 
-@pytest.mark.parametrize("collate", [only_time_first, Graphs()], ids=["time_first", "graphs"])
+@pytest.mark.parametrize("collate", [only_time_first, graphs])
 def test_a_weight_that_cannot_be_told_is_warned_of(collate: Callable[[Any], Any]) -> None:
     with pytest.warns(RuntimeWarning, match=r"taken to hold the 7 samples that it was made from.*`batch_weight=`"):
         drawn = draw_samples(loader(batch_size=7, collate_fn=collate), 14)
