@@ -41,6 +41,11 @@ numpy_tanh = custom(
     lambda g, x: g * torch.from_numpy(1 - np.tanh(x.detach().numpy()) ** 2),
 )
 float32_tanh = custom("Float32Tanh", lambda x: (in_float32(x).tanh(), x), lambda g, x: g * (1 - x.tanh() ** 2))
+bfloat16_tanh = custom(
+    "BFloat16Tanh",
+    lambda x: (x.bfloat16().tanh().to(x.dtype), x),
+    lambda g, x: (g.bfloat16() * (1 - x.bfloat16().tanh() ** 2)).to(g.dtype),
+)
 # The gradient by x forgets that it depends on w: its double backward pass is not symmetric.
 times = custom("Times", lambda x, w: (x @ w.T, x, w), lambda g, x, w: (g @ w.data, g.T @ x))
 # Its second derivative is half of what it should be.
@@ -49,6 +54,13 @@ wrong_square = custom("WrongSquare", lambda x: (x.square(), x), lambda g, x: g *
 
 def straight_through(x: Tensor) -> Tensor:
     return x + (torch.round(4 * x) / 4 - x).detach()
+
+
+class Structured:
+    """A batch of a class of its own."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
 
 
 def net(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Any]]:
@@ -248,9 +260,20 @@ def test_a_small_missing_part_is_found_behind_casts_and_kinks(cast, scale):
     assert (spectrum.verified, "`detach`" in spectrum.verification) == ("no", True)
 
 
+@pytest.mark.parametrize("structure", [Structured, lambda x, y: (x, y)])
+def test_data_of_any_structure_and_constants_do_not_hide_the_answer(structure):
+    batch, constant = structure(torch.randn(64, 3), torch.randn(64, 2)), torch.randn(3, 3)
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        x, y = (batch.x, batch.y) if isinstance(batch, Structured) else batch
+        return F.mse_loss(module[1](module[0](torch.cat([x, x @ constant])).relu()), torch.cat([y, y]))
+
+    spectrum = hessian_spectrum(net()[0], [batch], loss, steps=3, batch_weight=lambda _: 64)
+    assert (spectrum.verified, "float64" in spectrum.verification) == ("yes", True)
+
+
 def test_a_comparison_that_a_cast_hides_leaves_the_spectrum_uncertain():
-    bfloat16 = torch.ones(4, dtype=torch.bfloat16)  # without its cast, the other factor has another type
-    kinked = loss_through(lambda x: torch.dot(x[0].bfloat16(), bfloat16).to(x.dtype) * torch.tanh(x).relu())
+    kinked = loss_through(lambda x: bfloat16_tanh(x).relu())
     spectrum = hessian_spectrum(*net(torch.float64), kinked, tolerance="type")
     assert (spectrum.verified, spectrum.type_certain) == ("unknown", False)
     assert "not verified" in str(spectrum)
