@@ -99,10 +99,15 @@ def write_text(folder: Location, name: str, text: str) -> None:
 
 
 def append(folder: Location, name: str, text: str) -> None:
-    """Append text to a file, which is created if necessary; a remote file is written as a whole."""
+    """Append text to a file, which is created if necessary; a remote file is written as a whole.
+
+    Raises:
+        ValueError: If a local file is no regular one.
+    """
     if not is_remote(folder):
         directory = local_path(folder)
         directory.mkdir(parents=True, exist_ok=True)
+        _check_regular(directory / name)
         with (directory / name).open("a", encoding="utf-8", newline="") as file:
             file.write(text)
         return
@@ -110,10 +115,16 @@ def append(folder: Location, name: str, text: str) -> None:
 
 
 def read_text(folder: Location, name: str) -> str:
-    """Return the text of a file; empty if there is no such file."""
+    """Return the text of a file; empty if there is no such file.
+
+    Raises:
+        ValueError: If a local file is no regular one.
+    """
     location = joined(folder, name)
     if not exists(location):
         return ""
+    if not is_remote(folder):
+        _check_regular(local_path(location))
     data: bytes = get_filesystem(location).cat_file(location)
     return data.decode("utf-8", errors="replace")
 
@@ -124,3 +135,9 @@ def remove(folder: Location, names: Iterable[str]) -> None:
         location = joined(folder, name)
         with contextlib.suppress(FileNotFoundError):
             get_filesystem(location).rm_file(location)
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a pipe would wait for another process, and a device may never end
+        msg = f"{path} is no regular file, but a folder, a pipe or a device: remove it."
+        raise ValueError(msg)

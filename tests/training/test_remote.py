@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,16 @@ def test_what_cannot_be_reached_is_dropped_with_a_warning(nothing_local: Any) ->
 def test_a_link_is_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="only supported for local file paths"):
         fitted("memory://x", 1, save_last="link")
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
+    """A pipe would wait for another process, and /dev/full never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "full").symlink_to("/dev/full")
+    for name in ("pipe", "full"):
+        for use in (folders.read_text, lambda *where: folders.append(*where, "text")):
+            with pytest.raises(ValueError, match="no regular file"):
+                use(tmp_path, name)
 
 
 @pytest.mark.parametrize("where", ["memory://store/a", "local", "file://local"])
