@@ -4,8 +4,6 @@ A single process writes how each of them went to `<out>/rank0.json`, and what tr
 together, each writes the latter.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,9 +1,8 @@
 """What a user of the command line has: a LightningModule, data modules, and a run with checkpoints."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,9 +13,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_hesd import HessianSpectrumCallback
 from tests.training.modules import QUIET, Digits
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ANALYSIS = {"steps": 6, "probes": 2}
 

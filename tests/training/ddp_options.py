@@ -4,8 +4,6 @@
 what it saw to `<out>/rank<rank>.json`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 Every process writes what it saw to `<out>/rank<rank>.json`.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

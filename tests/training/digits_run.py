@@ -1,7 +1,5 @@
 """A small classifier of handwritten digits, and its data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loggers, and the files that they leave."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -3,14 +3,14 @@
 Everything is reproducible from seeds. Batches are `(x, y, position)`, so that a test can see which samples were read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import pickle
 import random
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,11 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hesd import HessianSpectrumCallback
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
 
 SIZE = 40
 """Number of samples of a dataset unless a test says otherwise."""

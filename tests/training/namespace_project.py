@@ -1,7 +1,5 @@
 """The same module and data in both namespaces of Lightning, as a configuration can name them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """Programs run as several real processes, with the environment that torchrun would give each rank."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

@@ -1,7 +1,5 @@
 """A Trainer whose analyses are scripted, so that selection can be tested on any history, with real files."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ With one process the parameters are ordinary ones, and there is the run `whole` 
 by run, to `<out>/rank<rank>.json`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -4,8 +4,6 @@ Every process writes what it found to `<out>/rank<rank>.json`; process zero adds
 network gives.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -1,7 +1,5 @@
 """A terminal that keeps what it shows, and runs whose analyses report progress to it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -1,7 +1,5 @@
 """The whole path on an accelerator: one that stands in for those that are not here, with float64 and without it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Copies of the callback: libraries keep it in hyperparameters, and train with deep copies of it."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

@@ -1,7 +1,5 @@
 """What analyses cost is said once, with the options that reduce it; by clocks that go by the test."""
 
-from __future__ import annotations
-
 import logging
 import re
 from dataclasses import replace

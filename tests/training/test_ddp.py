@@ -1,7 +1,5 @@
 """Several ranks give the results of one, and a failure on one rank does not hang the others."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

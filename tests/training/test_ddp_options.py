@@ -1,7 +1,5 @@
 """Options of DDP change neither training nor results; a rank that is interrupted or killed does not hang the others."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """The leading eigenvectors of an analysis are compared with those of the analysis before."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Failures beside training: warnings with their consequence, or the exceptions themselves."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The findings of a real run: of the callback, of its history, in the terminal, in the folder and in payloads."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict
 from pathlib import Path

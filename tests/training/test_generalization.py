@@ -1,7 +1,5 @@
 """Generalization data analyzed beside the training data: metrics, text, files, resume, failures."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What the monitor says of gradients that a real Trainer clips, in every way there is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

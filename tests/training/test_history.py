@@ -1,7 +1,5 @@
 """The history on disk."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from zipfile import ZipFile

@@ -1,9 +1,8 @@
 """Language models in the style of Hugging Face: dicts in and out, tokens, checkpointed layers, adapters."""
 
-from __future__ import annotations
-
 from collections import OrderedDict, UserDict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -18,9 +17,6 @@ from lightning_hesd.commands.cli import main
 from tests.oracles import dense_hessian
 from tests.training.modules import freeze
 from tests.training.scripted import make_trainer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 IGNORED = -100
 VOCABULARY = 7

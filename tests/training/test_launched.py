@@ -1,7 +1,5 @@
 """Strategies whose processes end with the fit: the callbacks of the process that called `fit` get the results."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Spectra of layers and of the parts of the Hessian in a callback: metrics, figures, files, resume, failures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

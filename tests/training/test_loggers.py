@@ -1,7 +1,5 @@
 """What reaches the loggers, read back with TensorBoard's own reader and from CSV files."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

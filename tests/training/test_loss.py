@@ -1,7 +1,5 @@
 """The analyzed loss: `training_step` or `loss_fn`, without side effects, at the Trainer's precision."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from pathlib import Path

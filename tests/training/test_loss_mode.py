@@ -3,8 +3,6 @@
 Every stand-in comes with its training loss written out in formulas, of which the Hessian is taken.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable

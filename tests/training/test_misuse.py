@@ -1,7 +1,5 @@
 """What goes wrong is said clearly and early, and never costs the training."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """The diagonal that optimizers divide by: read from their states, checked against the steps they take."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

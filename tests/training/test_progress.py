@@ -1,7 +1,5 @@
 """The bar of a long analysis, as it appears on a terminal between Lightning's own bars."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """What is said once: why a spectrum is MN, and that a quasi-singular one no longer measures flatness."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

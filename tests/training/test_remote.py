@@ -1,7 +1,5 @@
 """Runs whose folders lie on another filesystem: `memory://` stands for those of fsspec."""
 
-from __future__ import annotations
-
 import csv
 import os
 from collections.abc import Iterator

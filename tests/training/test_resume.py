@@ -1,7 +1,5 @@
 """Interrupted and resumed training: the same history and the same pick as without the interruption."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

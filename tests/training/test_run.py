@@ -1,7 +1,5 @@
 """Runs with every kind of analysis: a short way from the hook to the engine, and a training as without them."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """When analyses run, and what they may cost, with clocks that go by the test: nothing here depends on real time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

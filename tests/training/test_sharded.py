@@ -1,7 +1,5 @@
 """Sharded parameters give the spectrum of whole ones and stay sharded; a failure on one rank hangs no other."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """The monitor in real trainings: its values, its alarm, what it costs, and that training does not notice it."""
 
-from __future__ import annotations
-
 import copy
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run says of its analyses on the terminal: the words, and where they appear between Lightning's bars."""
 
-from __future__ import annotations
-
 import io
 import math
 import sys

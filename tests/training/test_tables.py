@@ -1,7 +1,5 @@
 """The history as tables of pandas."""
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import replace

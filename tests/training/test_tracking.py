@@ -1,7 +1,5 @@
 """What reaches W&B, offline, and MLflow, in a local store: read back from the files that their own clients wrote."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import shutil

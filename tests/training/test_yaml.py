@@ -1,7 +1,5 @@
 """Callback and checkpoint configured by LightningCLI: every kind of option, errors, and saved files."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Checkpoints hold the analyzed weights, also if other code has changed the weights of the module."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable

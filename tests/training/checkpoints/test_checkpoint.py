@@ -1,7 +1,5 @@
 """HessianCheckpoint in a real Trainer, judged by the weights in the files it leaves."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

@@ -1,7 +1,5 @@
 """Files of checkpoints: no two states share one, and neighbors neither lose theirs nor take ours."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

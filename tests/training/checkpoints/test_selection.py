@@ -1,7 +1,5 @@
 """The checkpoint rule against its definition, on histories of every kind."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """Which values of a logged metric belong to the analyzed weights: no other is ever ranked."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Copies of analyzed weights: compared bit by bit, put back and taken away again."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 

@@ -3,8 +3,6 @@
 All other tests use `lightning.pytorch`; here its Trainer is used where something is asked of both.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Loggers stay what they are in an analysis, and get nothing from it, by whatever way they are written to."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """States of containers, objects and arrays are restored in place: the same objects, in the same order."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from functools import partial

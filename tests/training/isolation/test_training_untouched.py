@@ -1,7 +1,5 @@
 """Training with the callback is bit-identical to training without it."""
 
-from __future__ import annotations
-
 import collections
 import copy
 import csv

@@ -1,7 +1,5 @@
 """Datasets whose samples know their positions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

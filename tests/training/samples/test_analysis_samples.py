@@ -1,7 +1,5 @@
 """The analysis samples: drawn as promised, the same every time, and from nothing that training still needs."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Copies of samplers and loaders: apart from the original in all that changes, and no copies of the data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which batches of an epoch are analyzed: those that training sees, from all over the epoch."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,13 +1,12 @@
 """The first batches of training as analysis samples, for loaders that cannot be read by position."""
 
-from __future__ import annotations
-
 import functools
 import queue
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -32,9 +31,6 @@ from tests.training.modules import (
     samples,
 )
 from tests.training.samples.drawn import BulkDigits, Counted, DatasetOfBatches, FiniteStream
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 callback = functools.partial(modules.callback, batch_size=None)  # batches are analyzed as they were read
 

@@ -1,7 +1,5 @@
 """Reading samples: through workers where the data need them, and as loaders with an `__iter__` of their own do it."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
