@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 Verdict = Literal["yes", "no", "unknown"]
 
 LEAST_GAP = 1e-3
-"""Relative difference of a product with and without casts that is rounding whatever the precision."""
+"""Relative difference between products in two precisions that is rounding in any case."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ def verify(
 
     The first comparisons are in the finest precision of the device (float64, if it has it), where rounding hides almost
     nothing: with a few samples of the batch, then with all of them, then beside the weights, because a kink at the
-    weights themselves (zeros in the data under biases of zero) looks like a wrong gradient. If none of them is possible
-    or agrees, the last one is in the precision of the module.
+    weights themselves (zeros in the data under biases of zero) looks like a wrong gradient. Where constants or casts
+    make the loss less precise, or fail, they get the finest precision, too. If none of these is possible or agrees, the
+    last comparison is in the precision of the module.
 
     Args:
         matrix: The curvature matrix.
@@ -107,8 +108,8 @@ def verify(
         space: The space of vectors over all parameters.
         exact: Whether products come from differentiating twice; else only the gradient is compared.
         in_finest: Makes a context in which module and batches are in the finest precision of the device (with
-            `throughout=True` also constants, and what the loss casts), and yields the function from a parameter to its
-            copy there; None: there is no such context.
+            `throughout=True` also constants, batches of any class and what the loss casts), and yields the function
+            from a parameter to its copy there; None: there is no such context.
         may_fail: Whether an error makes the outcome "undecided"; ranks that evaluate together must raise it.
     """
     attempts: list[tuple[InFinest, bool, bool]] = [(_as_it_is, False, False)]
@@ -122,7 +123,7 @@ def verify(
         try:
             samples = batch.cut_at([FEW])[0] if few and batch.length() > FEW else batch
             subject = _Subject(matrix, samples, space, exact, beside)
-            found.append(_compared(subject, context, has_casts=context is in_finest))
+            found.append(subject.findings(context) if context is _as_it_is else _finest(subject, context))
         except Exception as error:
             if not may_fail:
                 raise
@@ -156,10 +157,10 @@ class _Subject:
             return findings(matrix, self.batch, self.space, exact=self.exact)
 
     def findings_throughout(self, in_finest: InFinest) -> Findings | None:
-        """Compare without the loss's casts to less precise types; None where that tells nothing about the loss.
+        """Compare in the finest precision throughout the loss; None where that tells nothing about the analyzed one.
 
-        The loss may need its casts, backward passes of custom functions may have further ones, and with casts
-        derivatives may be lost that are there without.
+        The loss may need its casts, backward passes of custom functions may have further ones, and casts may lose
+        derivatives: the one that is analyzed must be the same up to rounding.
         """
         context = partial(in_finest, throughout=True)
         try:
@@ -193,18 +194,16 @@ class _Subject:
         return line.flat(matrix.make_matvec(self.batch, retain=False)[1](vector))
 
 
-def _compared(subject: _Subject, context: InFinest, *, has_casts: bool) -> Findings:
-    """Compare in a context; without the loss's casts, where they set its precision or make it fail."""
+def _finest(subject: _Subject, in_finest: InFinest) -> Findings:
+    """Compare in the finest precision, throughout the loss where that of parameters and batch is not enough."""
     try:
-        found = subject.findings(context)
+        found = subject.findings(in_finest)
     except Exception:
-        finer = subject.findings_throughout(context) if has_casts else None
+        finer = subject.findings_throughout(in_finest)
         if finer is None:
             raise
         return finer
-    if found.is_finest or not has_casts:
-        return found
-    return subject.findings_throughout(context) or found
+    return found if found.is_finest else subject.findings_throughout(in_finest) or found
 
 
 def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
