@@ -127,6 +127,15 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803 
     return cast("Tensor", solution.squeeze(-1) if is_vector else solution)
 
 
+def _grouped_mm(mat_a: Tensor, mat_b: Tensor, *, offs: Tensor | None = None, **others: Any) -> Tensor | None:
+    """Multiply rows up to each offset by the matrix of their group, as a mixture of experts does."""
+    if mat_a.dtype != torch.float64 or offs is None or mat_b.ndim != 3 or any(v is not None for v in others.values()):
+        return None
+    starts = [0, *offs.tolist()]
+    rows = [mat_a[start:end] @ matrix for start, end, matrix in zip(starts, offs.tolist(), mat_b, strict=False)]
+    return torch.cat([*rows, mat_a.new_zeros(len(mat_a) - starts[-1], mat_b.shape[-1])])
+
+
 WRONG_SECOND_DERIVATIVE: dict[Any, Replacement] = {
     torch._weight_norm: _weight_norm,  # noqa: SLF001 - which both APIs of weight normalization call
     F.hardsigmoid: _hardsigmoid,  # no second derivative in PyTorch
@@ -134,6 +143,12 @@ WRONG_SECOND_DERIVATIVE: dict[Any, Replacement] = {
     Tensor.prelu: _prelu,
 }
 """Operations that are replaced in every loss."""
+
+WITHOUT_FLOAT64: dict[Any, Replacement] = {}
+"""Operations that PyTorch has in less precise types only, replaced in float64."""
+
+if hasattr(torch, "_grouped_mm"):  # not in old releases
+    WITHOUT_FLOAT64[torch._grouped_mm] = _grouped_mm  # noqa: SLF001 - which `F.grouped_mm` calls
 
 WRONG_THIRD_DERIVATIVE: dict[Any, Replacement] = {
     F.layer_norm: _layer_norm,

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from lightning_hesd.numerics.derivatives.compositions import (
+    WITHOUT_FLOAT64,
     WRONG_FORWARD_DERIVATIVE,
     WRONG_SECOND_DERIVATIVE,
     WRONG_THIRD_DERIVATIVE,
@@ -34,6 +35,7 @@ _REPLACED = {
     *_EMBEDDING,
     torch.embedding_renorm_,
     *SLOW,
+    *WITHOUT_FLOAT64,
     *WRONG_FORWARD_DERIVATIVE,
     *WRONG_SECOND_DERIVATIVE,
     *WRONG_THIRD_DERIVATIVE,
@@ -101,6 +103,8 @@ class Replacements(TorchFunctionMode):
         """Yield the functions that may replace a function here, best first."""
         if func in WRONG_SECOND_DERIVATIVE:
             yield WRONG_SECOND_DERIVATIVE[func]
+        if func in WITHOUT_FLOAT64:
+            yield WITHOUT_FLOAT64[func]
         if func in WRONG_FORWARD_DERIVATIVE and _in_transform():
             yield WRONG_FORWARD_DERIVATIVE[func]
         if func in WRONG_THIRD_DERIVATIVE:

@@ -91,3 +91,11 @@ def test_what_is_not_wrong_is_left_alone() -> None:
     layer = nn.BatchNorm1d(3)
     with pytest.raises(ValueError, match="more than 1 value"):
         TABLE[F.batch_norm](torch.ones(1, 3), layer.running_mean, layer.running_var, training=True)
+
+
+def test_products_of_groups_in_float64_are_those_of_float32() -> None:
+    rows, matrices, offsets = numbers(9, 8), numbers(3, 8, 16), torch.tensor([3, 3, 9], dtype=torch.int32)
+    precise = compositions.WITHOUT_FLOAT64[torch._grouped_mm](rows, matrices, offs=offsets)
+    assert precise.dtype == torch.float64
+    torch.testing.assert_close(precise.float(), F.grouped_mm(rows.float(), matrices.float(), offs=offsets))
+    assert compositions.WITHOUT_FLOAT64[torch._grouped_mm](rows.float(), matrices.float(), offs=offsets) is None
