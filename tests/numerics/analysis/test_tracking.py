@@ -1,5 +1,6 @@
 """The tracked sharpness against dense Hessians along a path of weights, and what it costs."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -121,12 +122,13 @@ def test_several_ranks_find_what_one_finds() -> None:
     problem, cache = cases.make("mlp"), AnalysisCache()
     module, batches, loss_fn = problem
     alone = SharpnessTracker().measure(module, weighted_batches(batches), loss_fn, AnalysisOptions(), cache=cache)
+    copies = [copy.deepcopy(module) for _ in range(2)]
 
     def of_rank(ranks: Any) -> Any:
         own = weighted_batches(batches)[ranks.rank :: ranks.size]
-        # Of a copy, and verified already: threads share the default dtype, which changes for that.
+        # Verified already: threads share the default dtype, which changes for that.
         given: dict[str, Any] = {"collectives": ranks, "cache": replace(cache)}
-        return SharpnessTracker().measure(cases.make("mlp").module, own, loss_fn, AnalysisOptions(), **given)
+        return SharpnessTracker().measure(copies[ranks.rank], own, loss_fn, AnalysisOptions(), **given)
 
     for found in in_threads(2, of_rank):
         assert found.lambda_max == pytest.approx(alone.lambda_max, rel=1e-9)
