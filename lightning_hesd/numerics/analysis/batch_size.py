@@ -34,6 +34,9 @@ ENOUGH_ON_CPU = 2**28
 SHARE_OF_ONE = 0.25
 """Share of the memory for graphs that one merged batch may take where they do not all fit."""
 
+LEAST_GAIN = 2
+"""Factor by which merging must reduce the number of batches: less saves no more time than the comparison takes."""
+
 MOVE = 0.01
 """Distance from the weights at which losses are compared, relative to their size."""
 
@@ -60,7 +63,7 @@ def larger_batches(
         return batches
     try:
         groups = in_groups(batches, _most_samples(batches, matrix, memory, cache) if size == "auto" else size)
-        if len(groups) == len(batches):
+        if len(groups) == len(batches) or (size == "auto" and len(groups) > len(batches) / LEAST_GAIN):
             return batches
         larger = [merged(group) for group in groups]
         return larger if _have_equal_losses(groups, larger, evaluator, matrix) else batches
