@@ -49,7 +49,8 @@ def last_line(program: str) -> str:
 def test_a_callback_loads_neither_matplotlib_nor_tensorboard(tmp_path: Path) -> None:
     """In a process that has loaded Lightning, which takes seconds."""
     (tmp_path / "script.py").write_text(CALLBACK)
-    assert run_python(str(tmp_path / "script.py")) == "[]\n"
+    said = run_python(str(tmp_path / "script.py"))
+    assert said == "[]\n", said
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h", "analyze"], ["judge", "--help"]])
