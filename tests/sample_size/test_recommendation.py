@@ -165,7 +165,7 @@ def test_the_answer_is_that_of_the_most_demanding_quantity(recommended):
         ({"tolerance": 0}, 20, "`tolerance` must be positive and finite, got 0"),
         ({"loss_tolerance": math.inf}, 20, "`loss_tolerance` must be positive and finite, got inf"),
         ({"confidence": 1}, 20, "`confidence` must lie between 0 and 1, got 1"),
-        ({}, 5, "needs at least 8 groups"),
+        ({}, 5, "at least 8 groups of samples"),
     ],
 )
 def test_mistakes(problem, options, samples, message):

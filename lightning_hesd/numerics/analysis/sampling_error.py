@@ -91,10 +91,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
     weights, squares, coordinates = _group_curvatures(operator, ends, torch.stack(unit))
     groups = len(weights)
     if groups < MIN_GROUPS:
-        msg = (
-            f"the sampling error needs at least {MIN_GROUPS} groups of samples, and the batches can be cut into "
-            f"{groups} only: "
-        )
+        msg = f"at least {MIN_GROUPS} groups of samples are needed, and the batches can be cut into {groups} only: "
         if operator.risk.uncut_reason is not None:
             msg += (
                 f"{operator.risk.uncut_reason}. Pass at least {MIN_GROUPS} batches, so that none needs to be cut "
