@@ -16,10 +16,10 @@ const BOTH_DATA = ["spectrum", "generalization"];
 /** Return what a figure of densities shows: {density: label, field, key: of its run, run, step} of each spectrum. */
 const densitiesOf = ({ data }) => data.filter(({ meta, visible }) => meta?.density && visible === true).map(({ meta }) => meta);
 
-/** One spectrum as `plot_density` draws it, several on the same axes. */
+/** The spectrum of the chosen state as `plot_density` draws it; several, or only a pinned one, as `plot_densities` does. */
 function ofDensities(shown) {
   const drawn = densitiesOf(shown.figure);
-  if (drawn.length === 1) return ofSpectra("plot_density", [drawn[0].field], shown);
+  if (drawn.length === 1 && drawn[0].step === shown.record.global_step) return ofSpectra("plot_density", [drawn[0].field], shown);
   const historyOf = (key) => (shown.runs.length === 1 ? "history" : `history[${quoted(titlesOf(shown.runs)[shown.runs.findIndex((run) => run.key === key)])}]`);
   const setup = [
     "", "",
