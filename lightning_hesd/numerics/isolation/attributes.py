@@ -21,6 +21,10 @@ _LIBRARIES = {*FRAMEWORKS, "abc", "builtins", "collections", "enum", "numpy", "t
 """Packages whose classes have no mutable class attributes."""
 
 
+_SCRIPTED = (bool, int, float, str, list, tuple, dict, torch.Tensor)
+"""Types of attributes of scripted modules that can be written back."""
+
+
 class _Unset:
     """Stands for an attribute that is not set."""
 
@@ -78,13 +82,19 @@ class SlotState(ContentState):
             self._set(name, value)
 
 
-class _ScriptTensorState(SlotState):
-    """The parameters and buffers of a scripted module, which are no attributes of a Python object."""
+class _ScriptState(SlotState):
+    """The mode, attributes, parameters and buffers of a scripted module, which are no attributes of a Python object.
+
+    Reading a list or a dict of a scripted module returns a copy, which is written back.
+    """
 
     def __init__(self, module: Any) -> None:
         self._owner = module
-        tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
-        ContentState.__init__(self, module, list(tensors.values()), list(tensors))
+        saved = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        for name in module._concrete_type.get_attributes():  # noqa: SLF001 - there is no other way to list them
+            if isinstance(value := getattr(module, name, _Unset), _SCRIPTED):
+                saved.setdefault(name, value)
+        ContentState.__init__(self, module, list(saved.values()), list(saved))
 
     @override
     def _get(self, name: str) -> Any:
@@ -146,7 +156,7 @@ def attribute_states(value: object) -> list[ContentState]:
     if slot_names(kind):
         found.append(SlotState(value))
     if issubclass(kind, torch.jit.ScriptModule):
-        found.append(_ScriptTensorState(value))
+        found.append(_ScriptState(value))
     return found
 
 

@@ -416,6 +416,37 @@ def test_objects_of_any_kind(kind):
             assert vars(module)["thing"] is thing
 
 
+class Scriptable(nn.Module):
+    """A module with attributes of the types that scripts know."""
+
+    seen: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout()
+        self.calls, self.rates, self.seen = 0, {"a": 1.0}, []
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.rates["a"] += 1.0
+        self.seen.append(x)
+        self.total += x.sum()
+        return self.dropout(x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_modes_and_attributes_of_scripted_modules():
+    module = torch.jit.script(Scriptable())
+    with restore_state(module) as restore:
+        for _ in range(2):
+            module.eval()
+            module(torch.ones(2))
+            restore()
+            assert (module.training, module.dropout.training) == (True, True)
+            assert (module.calls, module.rates, module.seen, module.total.item()) == (0, {"a": 1.0}, [], 0.0)
+
+
 @pytest.mark.parametrize("kind", LEFT_ALONE)
 def test_objects_that_cannot_be_read_are_skipped(kind):
     module = nn.Linear(3, 2)
