@@ -93,6 +93,13 @@ class Applied(nn.Module):
         return self.function(x)
 
 
+def tied_by_data() -> nn.Module:
+    """Return a network with two parameters in one memory."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    module[2].weight.data = module[0].weight.data  # type: ignore[union-attr]
+    return module
+
+
 def squared_error(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean squared error over samples and outputs."""
     return F.mse_loss(module(batch[0]), batch[1])

@@ -56,6 +56,7 @@ class Evaluator:
     batches: Sequence[WeightedBatch] | None = field(default=None, kw_only=True)
     _dtype: torch.dtype | None = field(default=None, init=False)
     _throughout: bool = field(default=False, init=False)
+    _copies: dict[Tensor, Tensor] = field(default_factory=dict, init=False)  # of parameters, in the finest precision
     _known: dict[str, bool] = field(default_factory=dict, init=False)  # arguments of `Replacements`, found earlier
 
     def loss(self, batch: WeightedBatch) -> Tensor:
@@ -112,7 +113,8 @@ class Evaluator:
             torch.set_default_dtype(dtype)
             stack.enter_context(patched(self, "_dtype", dtype))
             stack.enter_context(patched(self, "_throughout", throughout))
-            stack.enter_context(self.isolation.separate(list(copies.values())))
+            stack.enter_context(patched(self, "_copies", copies))
+            stack.enter_context(self.isolation.separate(copies))
             yield copies.__getitem__
 
     def _evaluate(self, function: Callable[[Any], Any], batch: WeightedBatch, *, from_start: bool = True) -> Any:
@@ -155,8 +157,13 @@ class Evaluator:
                 batch.evaluated(),
             ):
                 stack.enter_context(context)
-            data = batch.copy().data
+            data = batch.copy(self._own_objects()).data
             return function(data if self._dtype is None else tree_map_only(Tensor, self._cast, data))
+
+    def _own_objects(self) -> dict[int, object]:
+        """Return the objects that a batch may refer to, but does not own: the module and its parameters, by id."""
+        own: list[object] = [self.module, *self.module.parameters()]
+        return {**{id(value): value for value in own}, **{id(p): copy for p, copy in self._copies.items()}}
 
     def _renormalize(self) -> None:
         """Bring the embeddings that the losses of all batches use within their `max_norm`, in place.
@@ -194,5 +201,8 @@ def _checked_loss(loss: Any, name: str) -> Tensor:
         raise TypeError(msg)
     if loss.numel() != 1:
         msg = f"`{name}` must return a scalar tensor, the mean over the batch; got shape {tuple(loss.shape)}."
+        raise TypeError(msg)
+    if loss.is_complex():
+        msg = f"`{name}` must return a real number, got {loss.dtype}: return its real part, or its absolute value."
         raise TypeError(msg)
     return loss.reshape(())

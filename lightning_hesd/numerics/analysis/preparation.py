@@ -8,13 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_hesd.numerics.analysis.batch_size import larger_batches
 from lightning_hesd.numerics.analysis.evaluation import Evaluator
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
+from lightning_hesd.numerics.derivatives.graphs import graph_nodes
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.parameters import inverse_root, vector_dtype
+from lightning_hesd.numerics.inputs.sample_counts import tensors_of
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.isolation.modes import mode_name
@@ -28,7 +31,7 @@ from lightning_hesd.numerics.operators.strategies import AnalysisCache
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
@@ -70,6 +73,7 @@ def opened_operators(
     sharding = sharding or ParameterSharding()
     sharding.check(options)
     cache = cache or AnalysisCache()
+    _check_batches(module, batches)
     analyzed = [p for block in blocks for p in block]
     parameters = sharding.local_shards(analyzed)
     ends = list(itertools.accumulate(len(block) for block in blocks))
@@ -105,13 +109,32 @@ def opened_operators(
             risk.strategy_reason += f"; {given} batches are merged into {len(joint)}"
         if reason is not None:
             risk.strategy_reason = reason if options.strategy != "auto" else f"{risk.strategy_reason}; {reason}"
-        check_derivatives(risk, evaluator.in_finest if not sharding.is_sharded else None)
+        check_derivatives(risk, evaluator.in_finest if not sharding.is_sharded else None, isolation.hooks)
         use_output_jacobians(risk)
         operators = [
             DiagonalBlock(risk, chosen, inverse_root(module, block, options.preconditioner, dtype))
             for chosen, block in zip(ranges, blocks, strict=True)
         ]
         yield operators, plan
+
+
+def _check_batches(module: nn.Module, batches: Sequence[WeightedBatch]) -> None:
+    """Refuse batches that were computed from the parameters, such as the features of a frozen part that is not frozen.
+
+    A change of the weights would not reach them.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    parameters = set(module.parameters())
+    for batch in batches:
+        graphs = [t for t in tensors_of(batch.data) if isinstance(t, Tensor) and t.grad_fn is not None]
+        if any(getattr(node, "variable", None) in parameters for node in graph_nodes(graphs)):
+            msg = (
+                f"{batch.label} holds a tensor that was computed from parameters of the module: compute it in the loss "
+                "function, or `detach` it."
+            )
+            raise ValueError(msg)
 
 
 def _weighed(weighing: Weighing, cache: AnalysisCache) -> list[WeightedBatch]:

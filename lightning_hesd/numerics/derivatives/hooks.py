@@ -2,7 +2,8 @@
 
 A hook on an activation, a module or a node of the graph may change gradients (clip or scale them), and the curvature
 would be that of another function. But a loss that contains derivatives may need its hooks, for example to record the
-gradients of activations. So hooks act while the user's function runs, and at no other time.
+gradients of activations. So hooks act while the user's function runs, and at no other time; unless the gradient is that
+of the loss by virtue of a hook, as in implicit layers whose hook solves the backward equation.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The hooks that the user's code registers during an analysis."""
+    """The hooks that the user's code registers during an analysis.
+
+    Attributes:
+        act: Whether hooks act now.
+        were_idle: Whether a hook did not act when its turn came.
+    """
 
     def __init__(self) -> None:
-        self.act = False  # whether hooks act now
+        self.act = self.were_idle = False
 
     def acting(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of the user's function, in which hooks act."""
@@ -53,6 +59,7 @@ class Hooks:
         @functools.wraps(register)
         def register_limited(target: Any, hook: Hook) -> Any:
             def limited(*arguments: Any) -> Any:
+                self.were_idle |= not self.act
                 return hook(*arguments) if self.act else None
 
             return register(target, limited)

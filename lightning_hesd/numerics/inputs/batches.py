@@ -20,7 +20,7 @@ from lightning_hesd.numerics.inputs.sample_counts import batch_size, count_sampl
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 Weigh = Literal["tokens"] | Callable[[Any], float]
 """Weight of a batch, other than its number of samples: by its tokens, or by a function of the batch."""
@@ -45,7 +45,7 @@ class WeightedBatch:
         merged_from: The batches that this one was made from; empty if it was not merged.
 
     Raises:
-        ValueError: If the weight is not positive and finite.
+        ValueError: If there are no samples, or the weight is not positive and finite.
     """
 
     data: Any
@@ -58,6 +58,9 @@ class WeightedBatch:
     merged_from: tuple[WeightedBatch, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.size == 0:
+            msg = f"batch {self.index} holds no samples: leave it out."
+            raise ValueError(msg)
         if not 0 < self.weight < math.inf:
             msg = f"`batch_weight` must be positive and finite, got {self.weight} for batch {self.index}."
             raise ValueError(msg)
@@ -72,9 +75,12 @@ class WeightedBatch:
         """Number of samples, or the weight where that number is unknown."""
         return self.weight if self.size is None else self.size
 
-    def copy(self) -> WeightedBatch:
-        """Return a copy: code may change its batch in place, and every evaluation must start from the same data."""
-        return replace(self, data=copied(self.data))
+    def copy(self, replaced: Mapping[int, object] | None = None) -> WeightedBatch:
+        """Return a copy: code may change its batch in place, and every evaluation must start from the same data.
+
+        `replaced` maps the ids of objects that are not copied to the objects in their place.
+        """
+        return replace(self, data=copied(self.data, replaced))
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -138,10 +144,10 @@ def position_in_epoch() -> int:
     return _position.get()
 
 
-def copied(data: Any) -> Any:
-    """Return a copy of a batch, or the batch itself if it cannot be copied."""
+def copied(data: Any, replaced: Mapping[int, object] | None = None) -> Any:
+    """Return a copy of a batch, or the batch itself if it cannot be copied; `replaced` as for `WeightedBatch.copy`."""
     try:
-        return copy.deepcopy(data)
+        return copy.deepcopy(data, dict(replaced or {}))
     except Exception:  # noqa: BLE001 - batches of any kind are analyzed
         return data
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from lightning_hesd.numerics.devices import in_float64
+from lightning_hesd.numerics.dtensors import local_shard
+from lightning_hesd.numerics.isolation.tensor_memory import has_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,8 +25,8 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
     """Return the parameters to analyze by name, each once.
 
     Raises:
-        ValueError: If there is no such parameter, one is complex or without a shape yet, none has elements, or they are
-            on several devices.
+        ValueError: If there is no such parameter, one is complex or without a shape yet, none has elements, two share
+            memory, or they are on several devices.
     """
     wanted = options.parameters
     trainable = {
@@ -46,11 +49,15 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
             msg = f"parameter {name!r} is lazy, and no forward pass has given it a shape yet: analyze after the first."
             raise ValueError(msg)
         if p.is_complex():
-            msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analyzed."
+            msg = (
+                f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analyzed: leave it out by "
+                "`parameters`."
+            )
             raise ValueError(msg)
     if not any(p.numel() for p in selected.values()):
         msg = f"the parameters to analyze have no elements (such as {next(iter(selected))!r}): nothing to analyze."
         raise ValueError(msg)
+    _check_memory(selected)
     devices = sorted({str(p.device) for p in selected.values()})
     if len(devices) > 1:
         msg = (
@@ -59,6 +66,30 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
         )
         raise ValueError(msg)
     return selected
+
+
+def _check_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse different parameters in the same memory, as `decoder.weight.data = encoder.weight.data` makes them.
+
+    A step in one of them is a step in both, so the loss is no function of the two.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    spans = []
+    for name, p in parameters.items():
+        shard = local_shard(p)
+        if has_memory(shard) and shard.layout == torch.strided and shard.numel():
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(shard.shape, shard.stride(), strict=True))
+            if extent == shard.numel():  # else elements of other parameters may lie between its own
+                spans.append((shard.data_ptr(), shard.data_ptr() + shard.nbytes, name))
+    for (_, stop, name), (start, _, other) in itertools.pairwise(sorted(spans)):
+        if start < stop:
+            msg = (
+                f"the parameters {name!r} and {other!r} are different ones in the same memory, so that a change of one "
+                "changes the other: tie them by one `nn.Parameter` in both places."
+            )
+            raise ValueError(msg)
 
 
 def inverse_root(

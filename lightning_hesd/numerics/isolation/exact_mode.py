@@ -25,7 +25,7 @@ from lightning_hesd.numerics.isolation.modes import set_mode
 from lightning_hesd.numerics.isolation.snapshot import Snapshot, restoring
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -78,10 +78,10 @@ class Isolation:
         self._evaluated = set()
 
     @contextlib.contextmanager
-    def separate(self, analyzed: Sequence[Tensor]) -> Iterator[None]:
-        """Let evaluations in this context start from a state of their own, with other analyzed parameters."""
+    def separate(self, copies: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Let evaluations in this context start from a state of their own, with copies of the parameters."""
         outside = self._analyzed, self._before, self._start, self._evaluated
-        self._analyzed = analyzed
+        self._analyzed = [copies[p] for p in self._analyzed if p in copies]
         self.restart()
         try:
             with self.power_iterations.separate():

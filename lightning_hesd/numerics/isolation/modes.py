@@ -49,7 +49,11 @@ def set_mode(module: nn.Module, mode: Mode | ModuleModes) -> None:
         for submodule, training in mode.training.items():
             submodule.training = training
     elif mode != "keep":
-        module.train(mode == "train")
+        try:
+            module.train(mode == "train")
+        except NotImplementedError as error:  # of programs from `torch.export`
+            msg = f"the module cannot be brought into mode {mode!r} ({error}): analyze it with mode='keep'."
+            raise NotImplementedError(msg) from error
 
 
 def without_randomness(module: nn.Module, name: ModeName) -> ModuleModes:

@@ -219,11 +219,35 @@ def _weighted_sum(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Te
 
 
 def gradient(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """Return the gradient of `loss`, with zeros for parameters that it does not depend on."""
+    """Return the gradient of `loss`, with zeros for parameters that it does not depend on.
+
+    Backward passes of some custom functions (reversible networks) run a backward pass of their own, which adds to
+    `.grad`; that part counts, too.
+
+    Raises:
+        RuntimeError: If one of the parameters does not require grad any longer.
+    """
+    if not all(p.requires_grad for p in parameters):
+        msg = (
+            "the loss function freezes parameters that are analyzed (`requires_grad=False`): leave them out by "
+            "`parameters`, or do not freeze them in the loss function."
+        )
+        raise RuntimeError(msg)
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
+    before = [p.grad for p in parameters]
     gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    return [
+        _total(torch.zeros_like(p) if g is None else g, p.grad, grad)
+        for g, p, grad in zip(gradients, parameters, before, strict=True)
+    ]
+
+
+def _total(gradient: Tensor, now: Tensor | None, before: Tensor | None) -> Tensor:
+    """Return a gradient plus what `.grad` has gained; `Hooks` lets backward passes make a new tensor of it."""
+    if now is None or now is before:
+        return gradient
+    return gradient + now if before is None else gradient + (now - before)
 
 
 def _hessian_matvec(scalar: Tensor, matrix: CurvatureMatrix, *, retain: bool) -> Matvec:

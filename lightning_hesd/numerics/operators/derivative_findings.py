@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix
+from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, OutputMatrix
 from lightning_hesd.numerics.operators.directional import Comparison, Line, output_bend
 
 if TYPE_CHECKING:
     from lightning_hesd.numerics.derivatives.graphs import GraphFacts
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix, Matvec
     from lightning_hesd.numerics.operators.directional import Outcome
 
 STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
@@ -50,6 +50,8 @@ class Findings:
         is_finest: Whether the precision is the finest of the device.
         precision: The precision in words.
         facts: Properties of the graphs.
+        losses: The loss at two evaluations at the same weights.
+        is_repeatable: Whether these two are equal, up to rounding (that of sums in another order, on accelerators).
     """
 
     gradient: Outcome
@@ -61,6 +63,8 @@ class Findings:
     is_finest: bool
     precision: str
     facts: GraphFacts
+    losses: tuple[float, float]
+    is_repeatable: bool
 
     @property
     def agrees(self) -> bool:
@@ -74,13 +78,27 @@ class Findings:
         return abs(claimed - found) / max(abs(claimed), abs(found), math.ulp(0.0))
 
 
-def findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
-    """Compare in the present precision, along one line through the weights."""
+def findings(
+    matrix: CurvatureMatrix,
+    batch: WeightedBatch,
+    space: VectorSpace,
+    *,
+    exact: bool,
+    ready: tuple[float, Matvec] | None = None,
+) -> Findings:
+    """Compare in the present precision, along one line through the weights.
+
+    Args:
+        matrix: The curvature matrix, of one block.
+        batch: The batch.
+        space: The space of vectors over all parameters.
+        exact: Whether products come from differentiating twice; else only the gradient is compared.
+        ready: Loss and product of the batch from an earlier evaluation; None: they are computed here.
+    """
     line = Line(matrix, batch, space)
-    product = line.flat(matrix.make_matvec(batch, retain=False)[1](line.vector())) if exact else None
+    another, matvec = ready or _evaluated(matrix, batch, exact=exact)
+    product = line.flat(matvec(line.vector())) if exact else None
     facts = matrix.facts
-    if not exact:
-        facts.add([matrix.loss(batch)])
 
     epsilon = max(facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
     tolerance = 2 * epsilon ** (1 / 3)
@@ -139,4 +157,16 @@ def findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, 
         is_finest,
         "float64" if is_fine else precision,
         facts,
+        (line.loss, another),
+        math.isclose(line.loss, another, rel_tol=math.sqrt(epsilon)) or isinstance(matrix, OutputMatrix),
     )
+
+
+def _evaluated(matrix: CurvatureMatrix, batch: WeightedBatch, *, exact: bool) -> tuple[float, Matvec]:
+    """Return the loss of a batch and its product, which is of no use where products are not exact."""
+    if exact:
+        loss, matvec = matrix.make_matvec(batch, retain=False)
+        return loss.item(), matvec
+    loss = matrix.loss(batch)
+    matrix.facts.add([loss])
+    return loss.item(), lambda vector: vector

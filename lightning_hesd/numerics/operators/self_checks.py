@@ -9,13 +9,16 @@ import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
-from lightning_hesd.numerics.operators.curvature import OutputMatrix
-from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW
+from lightning_hesd.numerics.operators.curvature import EVERYTHING, OutputMatrix
+from lightning_hesd.numerics.operators.derivative_findings import findings
+from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW, is_out_of_memory
 from lightning_hesd.numerics.operators.verification import Verification, WrongDerivativeError, verify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lightning_hesd.numerics.derivatives.hooks import Hooks
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.operators.directional import Outcome
     from lightning_hesd.numerics.operators.risk_operator import RiskOperator
     from lightning_hesd.numerics.operators.verification import InFinest
@@ -32,7 +35,7 @@ SHARDED_PART = Verification(
 """The outputs of the network differ from rank to rank."""
 
 
-def check_derivatives(risk: RiskOperator, in_finest: InFinest | None) -> None:
+def check_derivatives(risk: RiskOperator, in_finest: InFinest | None, hooks: Hooks) -> None:
     """Compare the loss with its derivatives by `verify`, and enter the result into the cache.
 
     Where only the products by differentiating twice are wrong, central differences take their place, if the strategy is
@@ -42,6 +45,7 @@ def check_derivatives(risk: RiskOperator, in_finest: InFinest | None) -> None:
         WrongDerivativeError: If there are no right products.
     """
     cache, facts = risk.cache, risk.matrix.facts
+    hooks.act |= cache.needs_hooks
     kinds = frozenset(facts.kinds)
     is_new = cache.verification is None or not kinds <= cache.kinds
     is_new_anywhere, *counts = _anywhere(risk, [is_new, *(facts.epsilon >= epsilon for epsilon in EPSILONS)])
@@ -49,7 +53,7 @@ def check_derivatives(risk: RiskOperator, in_finest: InFinest | None) -> None:
     if risk.sharding.is_sharded and isinstance(risk.matrix, OutputMatrix):
         cache.verification = SHARDED_PART
     elif is_new_anywhere:
-        cache.verification = _compared(risk, in_finest)
+        cache.verification = _compared(risk, in_finest, hooks)
         cache.kinds = kinds | frozenset(facts.kinds)
     if risk.verification.verdict(exact=risk.is_exact) == "no":
         _give_up_exact_products(risk)
@@ -65,7 +69,7 @@ def refute(risk: RiskOperator, words: str) -> None:
     _give_up_exact_products(risk)
 
 
-def _compared(risk: RiskOperator, in_finest: InFinest | None) -> Verification:
+def _compared(risk: RiskOperator, in_finest: InFinest | None, hooks: Hooks) -> Verification:
     """Compare on every rank that has a batch, and join the outcomes."""
     together = risk.sharding.is_sharded
     own = Verification("undecided", "undecided", "this rank has no batch to compare with differences")
@@ -74,8 +78,56 @@ def _compared(risk: RiskOperator, in_finest: InFinest | None) -> Verification:
         batch = risk.batches[0] if together else smallest
         risk.comparison_bytes = _bytes_of_comparison(risk, batch.num_samples, in_finest)
         own = verify(risk.matrix, batch, risk.space, exact=risk.is_exact, in_finest=in_finest, may_fail=not together)
+        if own.gradient == "differs" and hooks.were_idle and not together:
+            own = _with_hooks(risk, batch, own, hooks, in_finest)
+        if own.gradient != "differs":
+            own = _with_all_samples(risk, own, in_finest)
     of_gradient, of_products = (_joint(risk, outcome) for outcome in (own.gradient, own.products))
     return Verification(of_gradient, of_products, own.words)
+
+
+def _with_all_samples(risk: RiskOperator, own: Verification, in_finest: InFinest | None) -> Verification:
+    """Compare all samples in the precision of the module, given the comparison of a few in the finest precision.
+
+    A loss may hide a part of itself for some samples only (pseudo-labels, tasks that take turns). The finest precision,
+    which may be slow, is for batches in which derivatives seem to be wrong. Products with several blocks are not those
+    with a whole vector, which take another graph.
+    """
+    may_fail, is_whole = not risk.sharding.is_sharded, len(risk.matrix.blocks) == 1
+    whole = replace(risk.matrix, blocks=(EVERYTHING,))
+    another_graph = risk.kept_bytes + risk.cache.product_bytes * max(batch.num_samples for batch in risk.batches)
+    has_room = is_whole or another_graph <= risk.spare_memory
+    if has_room and not is_whole:
+        risk.comparison_bytes = max(risk.comparison_bytes, risk.kept_bytes + another_graph)
+    for batch, loss, matvec in zip(risk.batches, risk.losses, risk.matvecs, strict=True):
+        exact = risk.is_exact and own.products != "differs" and has_room
+        matrix, ready = (risk.matrix, (loss, matvec)) if is_whole else (whole, None)
+        try:
+            found = findings(matrix, batch, risk.space, exact=exact, ready=ready)
+        except Exception as error:
+            if not may_fail or is_out_of_memory(error):
+                raise
+            continue  # the loss refuses other weights
+        if found.is_repeatable and "differs" not in {found.gradient, found.products}:
+            continue
+        checked = verify(whole, batch, risk.space, exact=exact, in_finest=in_finest, may_fail=may_fail, few_first=False)
+        if checked.verdict(exact=exact) != "yes":
+            own = replace(checked, products=checked.products if exact else own.products)
+        if own.gradient == "differs":
+            break
+    return own
+
+
+def _with_hooks(
+    risk: RiskOperator, batch: WeightedBatch, without: Verification, hooks: Hooks, in_finest: InFinest | None
+) -> Verification:
+    """Compare the gradient with hooks, given the comparison without them; if it is right, hooks act from now on."""
+    with hooks.acting():
+        found = verify(risk.matrix, batch, risk.space, exact=False, in_finest=in_finest)
+    if found.gradient != "agrees":
+        return without
+    hooks.act = risk.cache.needs_hooks = True
+    return replace(found, products="differs", words=f"{found.words} only if hooks act, and exact products do without")
 
 
 def _bytes_of_comparison(risk: RiskOperator, num_samples: float, in_finest: InFinest | None) -> float:

@@ -38,6 +38,7 @@ class AnalysisCache:
         inexact_reason: Why there are no exact products; None if there are.
         step: Step of central differences; None: not chosen.
         verification: Comparison of the loss with its derivatives; None: not compared.
+        needs_hooks: Whether the gradient is that of the loss only if hooks act.
         kinds: Names of the operations in the graphs that were compared.
         dimension: Number of parameters of those analyses; None: there were none.
         is_weighed: Whether the weights of batches are decided.
@@ -50,6 +51,7 @@ class AnalysisCache:
     inexact_reason: str | None = None
     step: float | None = None
     verification: Verification | None = None
+    needs_hooks: bool = False
     kinds: frozenset[str] = frozenset()
     dimension: int | None = None
     is_weighed: bool = False
@@ -60,6 +62,7 @@ class AnalysisCache:
         """Forget the measurements if they belong to another number of parameters."""
         if self.dimension != dimension:
             self.graph_bytes = self.inexact_reason = self.step = self.verification = self.eigenvectors = None
+            self.needs_hooks = False
             self.dimension = dimension
 
 

@@ -93,6 +93,7 @@ def verify(
     exact: bool,
     in_finest: InFinest | None = None,
     may_fail: bool = True,
+    few_first: bool = True,
 ) -> Verification:
     """Compare the products and the gradient of a batch's loss with differences.
 
@@ -111,10 +112,12 @@ def verify(
             `throughout=True` also constants, batches of any class and what the loss casts), and yields the function
             from a parameter to its copy there; None: there is no such context.
         may_fail: Whether an error makes the outcome "undecided"; ranks that evaluate together must raise it.
+        few_first: Whether the agreement of a few samples is enough.
     """
     attempts: list[tuple[InFinest, bool, bool]] = [(_as_it_is, False, False)]
     if in_finest is not None:
         attempts = [(in_finest, True, False), (in_finest, False, False), (in_finest, False, True), *attempts]
+        attempts = attempts if few_first else attempts[1:]
     found: list[Findings] = []
     problem = ""
     for context, few, beside in attempts:
@@ -129,6 +132,8 @@ def verify(
                 raise
             problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             continue
+        if not found[-1].is_repeatable:
+            return Verification("differs", "undecided", _words_of_change(found[-1]))
         if found[-1].agrees:
             found = [found[-1]] if context is not _as_it_is else found
             break
@@ -220,6 +225,14 @@ def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     if fine == "differs":
         return "undecided" if coarse == "agrees" and not hidden else "differs"
     return coarse if fine == "undecided" else fine
+
+
+def _words_of_change(found: Findings) -> str:
+    return (
+        "the loss function returned {:.8g} and {:.8g} for the same weights, batch and seed".format(*found.losses)
+        + ". It may draw from a random generator of its own, count its calls outside of the module, or change a batch "
+        "that cannot be copied. Make generators and counters attributes of the module: the analysis restores these"
+    )
 
 
 def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool) -> str:

@@ -110,16 +110,32 @@ class TestOptions:
         (nn.Linear(2, 1), {"parameters": lambda *_: False}, "leaves none of the 2 parameters: weight, bias"),
         (nn.Linear(2, 1, dtype=torch.complex64), {}, r"parameter 'weight' is complex \(torch\.complex64\)"),
         (
+            cases.tied_by_data(),
+            {},
+            r"'0\.weight' and '2\.weight' are different ones in the same memory, .* by one `nn\.Parameter`",
+        ),
+        (
             nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1, device="meta")),
             {},
             r"must be on one device, got cpu, meta: .*`parameters=lambda name, p: str\(p\.device\) == 'meta'`",
         ),
     ],
-    ids=["frozen", "none", "filtered", "complex", "devices"],
+    ids=["frozen", "none", "filtered", "complex", "memory", "devices"],
 )
 def test_parameters_that_cannot_be_analyzed(module, options, message):
     with pytest.raises(ValueError, match=message):
         hessian_spectrum(module, [], cases.squared_error, **options)
+
+
+def test_a_program_that_has_no_modes_is_analyzed_as_it_is():
+    class Program(nn.Linear):
+        def train(self, mode: bool = True) -> Any:
+            raise NotImplementedError("Calling train() is not supported yet.")
+
+    module, batch = Program(2, 1), (torch.ones(2, 2), torch.zeros(2, 1))
+    with pytest.raises(NotImplementedError, match=r"into mode 'eval' \(Calling train.*: analyze it with mode='keep'"):
+        hessian_spectrum(module, [batch], cases.squared_error)
+    assert hessian_spectrum(module, [batch], cases.squared_error, mode="keep").verified == "yes"
 
 
 class TestBatches:
@@ -129,6 +145,29 @@ class TestBatches:
         for weight in (0.0, -1.0, math.nan, math.inf):
             with pytest.raises(ValueError, match="batch_weight"):
                 make(batch_weight=lambda _, weight=weight: weight)
+
+    def test_an_empty_one_is_refused_by_its_number(self):
+        batches = [(torch.zeros(n, 2), torch.zeros(n, 1)) for n in (2, 0)]
+        with pytest.raises(ValueError, match="batch 1 holds no samples: leave it out"):
+            hessian_spectrum(nn.Linear(2, 1), batches, cases.squared_error)
+
+    def test_parameters_in_a_batch_are_those_of_the_module(self):
+        module = nn.Linear(2, 1)
+        x = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+
+        def loss(module: Any, batch: Any) -> Tensor:
+            return (batch[0] @ getattr(batch[1], "weight", batch[1]).T + module.bias).square().mean()
+
+        for part in (module.weight, module):
+            spectrum = hessian_spectrum(module, [(x, part)], loss, batch_weight=lambda batch: 2.0)
+            assert (spectrum.verified, round(spectrum.nodes.sum(), 3)) == ("yes", 17.0)  # the trace
+
+    def test_a_batch_that_was_computed_from_parameters_is_refused(self):
+        module, x = nn.Linear(2, 2), torch.ones(3, 2)
+        with pytest.raises(ValueError, match="batch 0 holds a tensor that was computed from parameters of the module"):
+            hessian_spectrum(module, [(module(x), torch.zeros(3, 2))], cases.squared_error)
+        points = x.clone().requires_grad_().view(3, 2)  # a graph of its own is none of our business
+        assert hessian_spectrum(module, [(points, torch.zeros(3, 2))], cases.squared_error).verified == "yes"
 
     def test_a_batch_without_tensor_needs_a_weight(self):
         module = nn.Linear(1, 1)
@@ -161,6 +200,16 @@ class TestLoss:
     def test_must_be_a_scalar_tensor(self, value, said):
         with pytest.raises(TypeError, match=rf"`loss_fn` must return {said}"):
             self.analyze(lambda module, batch: value)
+
+    def test_must_be_real(self):
+        with pytest.raises(TypeError, match=r"`loss_fn` must return a real number, got torch\.complex64"):
+            self.analyze(lambda module, batch: module(batch[0]).square().mean().to(torch.complex64))
+
+    def test_must_leave_the_analyzed_parameters_unfrozen(self):
+        with pytest.raises(
+            RuntimeError, match=r"freezes parameters that are analyzed .*: leave them out by `parameters`"
+        ):
+            self.analyze(lambda module, batch: module.requires_grad_(False)(batch[0]).square().mean())
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_one_element_will_do(self, strategy):

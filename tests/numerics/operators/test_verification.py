@@ -330,6 +330,134 @@ def test_recurrent_networks_are_compared_in_float64():
     assert "float64" in spectrum.verification
 
 
+def of_late_samples(right: Any, wrong: Any) -> Any:
+    """Return the loss whose first six samples are marked by zeros, and have the right part; others the wrong one."""
+
+    def loss(m: Any, b: Any) -> Tensor:
+        hidden = m[0](b[0])
+        outputs = m[1](torch.where(b[1][:, :1] == 0, right(hidden), wrong(hidden)))
+        return outputs.square().mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("analyze", [hessian_spectrum, layer_spectra])
+def test_wrong_derivatives_for_some_samples_only_are_found_out(dtype, batches, analyze):
+    module, [(x, _)] = net(dtype)
+    x, y = torch.cat([x, 2 * x]), torch.arange(12, dtype=dtype).div(6, rounding_mode="floor")[:, None]
+    samples = [(x, y)] if batches == 1 else [(x[:6], y[:6]), (x[6:], y[6:])]
+
+    def found(loss: Any) -> Any:
+        spectra = analyze(module, samples, loss)
+        return [spectra] if analyze is hessian_spectrum else [*spectra.values()]
+
+    hidden = found(of_late_samples(torch.tanh, lambda h: h.tanh() + 0.3 * (h - h.detach())))
+    assert all(s.verified == "no" and "not the derivative" in s.reason for s in hidden)
+    for spectrum, truth in zip(
+        found(of_late_samples(F.silu, swish)), found(of_late_samples(F.silu, F.silu)), strict=True
+    ):
+        assert (spectrum.strategy, spectrum.verified) == ("finite_difference", "yes")
+        assert spectrum.lambda_max == pytest.approx(truth.lambda_max, rel=1e-3)
+
+
+def count(calls: list[int], loss: Tensor) -> Tensor:
+    calls.append(1)
+    return loss * (1 + len(calls) / 100)
+
+
+def test_a_loss_that_is_another_one_at_each_call_has_no_spectrum():
+    generator, calls = torch.Generator(), [1]
+    losses = [
+        lambda m, b: loss_through(torch.tanh)(m, (b[0] + torch.randn(b[0].shape, generator=generator), b[1])),
+        lambda m, b: count(calls, loss_through(torch.tanh)(m, b)),
+    ]
+    for loss in losses:
+        spectrum = hessian_spectrum(*net(), loss)
+        assert (spectrum.verified, math.isnan(spectrum.c_t)) == ("no", True)
+        assert "for the same weights, batch and seed" in spectrum.reason
+
+
+class Fixpoint(nn.Module):
+    """An implicit layer, z = tanh(Wz + Ux), whose hook solves the equation of the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.u, self.has_hook = nn.Linear(3, 3), nn.Linear(3, 3), True
+        with torch.no_grad():
+            self.w.weight *= 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        with torch.set_grad_enabled(not self.has_hook):
+            for _ in range(60):
+                z = torch.tanh(self.w(z) + self.u(x))
+        if not self.has_hook:
+            return z
+        z = torch.tanh(self.w(z) + self.u(x))
+        at = z.detach().requires_grad_()
+        again = torch.tanh(self.w(at) + self.u(x))
+
+        def solve(gradient: Tensor) -> Tensor:
+            solution = gradient
+            for _ in range(60):
+                solution = gradient + torch.autograd.grad(again, at, solution, retain_graph=True)[0]
+            return solution
+
+        z.register_hook(solve)
+        return z
+
+
+def test_hooks_act_where_the_gradient_is_right_only_with_them():
+    torch.manual_seed(0)
+    module, batches = Fixpoint(), [(torch.randn(5, 3), torch.randn(5, 3))]
+    cache = AnalysisCache()
+    weighted, options = weighted_batches(batches), analysis_options()
+    found = [engine.analyze(module, weighted, cases.squared_error, options, cache=cache) for _ in range(2)]
+    module.has_hook = False
+    truth = hessian_spectrum(module, batches, cases.squared_error)
+    for spectrum in found:
+        assert (spectrum.strategy, spectrum.verified) == ("finite_difference", "yes")
+        assert "hooks act" in spectrum.strategy_reason
+        assert spectrum.c_t == pytest.approx(truth.c_t, abs=spectrum.c_t_error + truth.c_t_error)
+
+
+class Reversible(torch.autograd.Function):
+    """x + tanh(layer(x)), whose backward pass recomputes, and adds to the `.grad` of the layer's parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return x + layer(x).tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(x + ctx.layer(x).tanh(), gradient)
+        return x.grad, None
+
+
+def test_gradients_that_a_backward_pass_accumulates_by_itself_count():
+    module, batches = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).double(), net(torch.float64)[1]
+    gradients = [torch.ones_like(p) for p in module.parameters()]
+    for p, g in zip(module.parameters(), gradients, strict=True):
+        p.grad = g
+
+    def loss(m: Any, b: Any, reversible: bool) -> Tensor:
+        x = m[0](b[0])
+        return (Reversible.apply(x, m[1]) if reversible else x + m[1](x).tanh()).square().mean()
+
+    found = hessian_spectrum(module, batches, lambda m, b: loss(m, b, reversible=True))
+    truth = hessian_spectrum(module, batches, lambda m, b: loss(m, b, reversible=False))
+    assert (found.verified, found.strategy) == ("yes", "finite_difference")
+    assert found.c_t == pytest.approx(truth.c_t, abs=found.c_t_error + truth.c_t_error)
+    assert all(p.grad is g and bool((g == 1).all()) for p, g in zip(module.parameters(), gradients, strict=True))
+
+
 def test_later_analyses_compare_only_graphs_with_other_operations():
     cache = AnalysisCache()
 
