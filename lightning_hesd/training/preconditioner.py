@@ -7,6 +7,7 @@ threshold (Cohen et al. 2021, arXiv:2103.00065; 2022, arXiv:2207.14484).
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,13 +69,19 @@ def read_preconditioner(optimizers: Sequence[Optimizer]) -> Preconditioner:
     """Return the preconditioner of optimizers, each of its own parameters.
 
     Raises:
-        UnreadableOptimizerError: If the class of an optimizer is not known, or it has made no step yet.
+        UnreadableOptimizerError: If the class of an optimizer is not known, it has made no step yet, or it maximizes.
     """
     diagonal: dict[Tensor, Tensor] = {}
     thresholds = set()
     for optimizer in optimizers:
         read, stability = _reader(optimizer)
         for group in optimizer.param_groups:
+            if group.get("maximize"):
+                msg = (
+                    f"{type(optimizer).__name__} steps along the gradient (`maximize=True`), and not against it: "
+                    "return the loss with the opposite sign, and leave `maximize` out."
+                )
+                raise UnreadableOptimizerError(msg)
             thresholds.add(stability(group))
             for p in group["params"]:
                 if p.requires_grad:
@@ -110,13 +117,18 @@ def read_stability(optimizers: Sequence[Optimizer], steps: int) -> tuple[Precond
 
 def _reader(optimizer: Optimizer) -> tuple[Callable[[Tensor, State, Group], Tensor], Callable[[Group], float]]:
     for kind in type(optimizer).__mro__:
-        if kind.__name__ in _READERS:
+        if kind.__name__ in _READERS and _steps_like(type(optimizer), kind):
             return _READERS[kind.__name__]
     msg = (
         f"the preconditioner of {type(optimizer).__name__} cannot be read; known are {', '.join(_READERS)}. Pass your "
         "own diagonals, `preconditioner={parameter name: diagonal}`, or leave `preconditioner` out."
     )
     raise UnreadableOptimizerError(msg)
+
+
+def _steps_like(kind: Any, known: Any) -> bool:
+    """Whether a class of optimizers leaves the step of a known one as it is; PyTorch wraps those of both."""
+    return inspect.unwrap(kind.step) is inspect.unwrap(known.step)
 
 
 def _positive(diagonal: Tensor, p: Tensor, optimizer: Optimizer) -> Tensor:

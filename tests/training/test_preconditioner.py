@@ -123,6 +123,15 @@ def test_steps_of_different_lengths_or_of_length_zero_have_no_threshold(groups: 
     assert read_preconditioner([SGD(parameters, 0.1)]).threshold is None
 
 
+class SignDescent(SGD):
+    """Steps of its own, whatever class it extends."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * p.grad.sign()
+
+
 def test_subclasses_are_read_as_the_class_they_derive_from_beside_other_optimizers() -> None:
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     read = read_preconditioner([type("Own", (SGD,), {})([p], 0.1), SGD([q], 0.1)])
@@ -133,6 +142,8 @@ def test_subclasses_are_read_as_the_class_they_derive_from_beside_other_optimize
 def test_unreadable_optimizers_say_so() -> None:
     p = nn.Parameter(torch.ones(2))
     for optimizer, message in (
+        (SignDescent([p]), "the preconditioner of SignDescent cannot be read"),
+        (SGD([p], maximize=True), "SGD steps along the gradient"),
         (LBFGS([p]), "the preconditioner of LBFGS cannot be read; known are SGD, Adam"),
         (Adam([p]), "holds no 'exp_avg_sq': it has made no step yet"),
         (stepped(Adam([p], eps=0.0), p, torch.tensor([1.0, 0.0])), r"Adam divides .* \(2,\) by values from 0 to 1"),

@@ -113,6 +113,7 @@ class HessianOperator:
         self.verified: str | None = None
         self._cache = AnalysisCache()
         self._entered = 0
+        self._versions: list[int] = []
         self._contexts = contextlib.ExitStack()
         self._operator: DiagonalBlock | None = None
 
@@ -133,11 +134,16 @@ class HessianOperator:
                 [operator], _ = stack.enter_context(opened)
                 choose_difference_step([operator])
                 self._contexts, self._operator = stack.pop_all(), operator
+                self._versions = self._counted()
             risk = operator.risk
             self.loss, self.strategy, self.strategy_reason = risk.loss, risk.strategy, risk.strategy_reason
             self.verified = risk.verification.verdict(exact=risk.is_exact)
         self._entered += 1
         return self
+
+    def _counted(self) -> list[int]:
+        """Return how often each parameter was changed in place."""
+        return [p._version for p in self._parameters]  # noqa: SLF001
 
     def __exit__(self, *error: object) -> None:
         self._entered -= 1
@@ -155,12 +161,19 @@ class HessianOperator:
         Raises:
             ValueError: If the vector has another shape or is not finite.
             ArithmeticError: If the loss or the product is NaN or infinite; the message names the batch.
-            RuntimeError: If the loss cannot be differentiated twice, or its derivatives are wrong.
+            RuntimeError: If the loss cannot be differentiated twice, its derivatives are wrong, or the parameters were
+                changed inside the context.
         """
         vector = self._checked(vector)
         # Evaluations seed the global generators: a caller who draws vectors between products would get the same again.
         with self, restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
             assert self._operator is not None  # noqa: S101 - the context sets it
+            if self._counted() != self._versions:
+                msg = (
+                    "the parameters were changed inside the context of the operator, whose graphs belong to the values "
+                    "before: leave the context, which puts these back, and change them outside."
+                )
+                raise RuntimeError(msg)
             product = self._operator.matvec(vector)
             if not bool(product.isfinite().all()):
                 error = explain_non_finite(self._operator, vector)

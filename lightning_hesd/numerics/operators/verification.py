@@ -143,7 +143,9 @@ def verify(
     of_gradient = _joint(fine.gradient, coarse.gradient, hidden=fine.gradient_gap <= coarse.blur)
     of_products = _joint(fine.products, coarse.products, hidden=fine.product_gap <= coarse.blur)
     told = coarse if of_gradient == of_products == "agrees" else fine
-    return Verification(of_gradient, of_products, _words(told, of_gradient, of_products, exact=exact))
+    return Verification(
+        of_gradient, of_products, _words(told, of_gradient, of_products, exact=exact, is_hessian=matrix.is_hessian)
+    )
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def _words_of_change(found: Findings) -> str:
     )
 
 
-def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool) -> str:
+def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool, is_hessian: bool) -> str:
     custom = f" ({', '.join(sorted(found.facts.custom))})" if found.facts.custom else ""
     if of_gradient == "differs":
         return (
@@ -245,6 +247,12 @@ def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact
             "hides a part of itself (`detach`, `no_grad`, `.item()`, NumPy), or the backward pass of a custom "
             f"function{custom}, of a hook or of an embedding with `scale_grad_by_freq` is not the derivative of the "
             "forward pass (straight-through estimators, gradient reversal)"
+        )
+    if of_products == "differs" and not is_hessian:
+        return (
+            f"products with the Gauss-Newton matrix differ by {found.product_gap:.2g} of their size from differences "
+            f"of the outputs and their loss ({found.precision}): `output_fn` or `output_loss` hides a part of itself "
+            f"(`detach`, `no_grad`, `.item()`, NumPy), or a custom function{custom} in them has a wrong derivative"
         )
     if of_products == "differs":
         culprit = f"a custom function{custom}" if custom else "an operation of PyTorch"

@@ -247,6 +247,23 @@ class TestOtherLibraries:
         assert np.abs(np.asarray(values)).max() == pytest.approx(np.abs(true).max(), rel=1e-3)
 
 
+def test_steps_of_an_optimizer_inside_the_context_are_refused():
+    module, data = nn.Linear(2, 1), (torch.ones(3, 2), torch.zeros(3, 1))
+    optimizer, operator = torch.optim.SGD(module.parameters(), lr=0.1), HessianOperator(module, [data], quartic)
+    vector = torch.ones(3)
+    with operator:
+        before = operator @ vector
+        F.mse_loss(module(data[0]), data[1]).backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"changed inside the context .*: leave the context, which puts"):
+            operator @ vector
+    assert torch.equal(operator @ vector, before)
+
+
+def quartic(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return module(batch[0]).pow(4).mean()
+
+
 def test_losses_along_a_direction_are_those_of_moved_weights():
     problem = cases.make("conv_batchnorm")
     operator = HessianOperator(*problem)

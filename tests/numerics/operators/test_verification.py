@@ -294,6 +294,21 @@ def test_the_parts_of_the_hessian_are_compared_too(matrix, dtype, activation):
     assert hessian_spectrum(*net(dtype), loss_through(activation), matrix=matrix, **options).verified == "yes"
 
 
+def test_a_part_that_the_outputs_hide_is_named():
+    def outputs(m: Any, b: Any) -> Tensor:
+        return m[1](m[0](b[0]).tanh().detach())
+
+    spectrum = hessian_spectrum(
+        *net(),
+        loss_through(torch.tanh),
+        matrix="ggn",
+        output_fn=outputs,
+        output_loss=lambda o, b: F.mse_loss(o, b[1]),
+    )
+    assert spectrum.verified == "no"
+    assert "`output_fn` or `output_loss` hides a part" in spectrum.reason
+
+
 def test_a_gauss_newton_matrix_with_a_wrong_curvature_of_the_loss_is_refused():
     def loss(m: Any, b: Any) -> Tensor:
         return options["output_loss"](options["output_fn"](m, b), b)
