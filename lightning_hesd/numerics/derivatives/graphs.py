@@ -32,11 +32,14 @@ class GraphFacts:
         kinds: Names of the operations.
         custom: Names of autograd functions in Python, without those of this package: their derivatives may be wrong.
         epsilon: Machine epsilon of the least precise floating-point dtype.
+        constant_rows: Weight of an embedding -> its rows for padding, which are constants by definition: their gradient
+            is zero, whatever the loss.
     """
 
     kinds: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
     epsilon: float = 0.0
+    constant_rows: dict[Tensor, set[int]] = field(default_factory=dict)
 
     @property
     def is_kinked(self) -> bool:
@@ -60,6 +63,8 @@ class GraphFacts:
                     "ones for the analysis, for example with `loss_fn`."
                 )
                 raise RuntimeError(msg)
+            if name.startswith("Embedding"):
+                self._add_embedding(node)
             is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
             if is_python and not _is_own(node):
                 self.custom.add(name)
@@ -67,6 +72,24 @@ class GraphFacts:
                 # The node of a function in Python that returns None reports a float32 scalar.
                 if metadata.dtype.is_floating_point and not (is_python and not metadata.shape):
                     self.epsilon = max(self.epsilon, torch.finfo(metadata.dtype).eps)
+
+    def _add_embedding(self, node: Any) -> None:
+        weight = next((getattr(parent, "variable", None) for parent, _ in node.next_functions), None)
+        row = getattr(node, "_saved_padding_idx", -1)
+        if weight is not None and 0 <= row < len(weight):
+            self.constant_rows.setdefault(weight, set()).add(row)
+
+    def without_constant_rows(
+        self, vector: Sequence[Tensor | None], parameters: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return a vector in the shapes of parameters with zeros for constant rows."""
+        return [
+            v if v is None or p not in self.constant_rows else v.index_fill(0, self._rows(p), 0.0)
+            for v, p in zip(vector, parameters, strict=True)
+        ]
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return torch.tensor(sorted(self.constant_rows[weight]), device=weight.device)
 
 
 def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:

@@ -28,6 +28,9 @@ CONTINUOUS = 0.1
 ROUNDING_UNITS = 30.0
 """Rounding errors of losses and gradients, in machine epsilons."""
 
+CHANGE = 1e3
+"""Largest change of the loss, relative to its value and by its slope, over the size of the weights."""
+
 SHARES_OF_RANDOM = (1e-6, 1e-4, 0.01)
 """gᵀv must be right to such a share of its size for a random v, so that no part of the gradient is missing.
 
@@ -113,7 +116,7 @@ def findings(
     quotients: list[float] = []
     changes: list[float] = []
     of_products: Outcome = "agrees"
-    size = max(line.differences.size, 1.0)
+    size = _size(line)
     longest, *_ = steps = [size * epsilon**exponent for exponent in STEP_EXPONENTS]
     for step in steps:
         ahead, curve = line.at(step)
@@ -160,6 +163,16 @@ def findings(
         (line.loss, another),
         math.isclose(line.loss, another, rel_tol=math.sqrt(epsilon)) or isinstance(matrix, OutputMatrix),
     )
+
+
+def _size(line: Line) -> float:
+    """Return the size of the weights, or less where it would change the loss by many times its value.
+
+    A single weight may be far larger than others, and all may be tiny (in units of physics, for example).
+    """
+    size, norm = max(line.differences.size, 1.0), line.differences.size
+    reach = CHANGE * abs(line.loss / line.slope) if line.slope else math.inf
+    return size if math.isnan(reach) else max(min(size, reach), min(norm, 1.0), math.ulp(0.0))
 
 
 def _evaluated(matrix: CurvatureMatrix, batch: WeightedBatch, *, exact: bool) -> tuple[float, Matvec]:

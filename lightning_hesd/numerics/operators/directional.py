@@ -50,7 +50,8 @@ class Line:
 
     Attributes:
         differences: Central differences, which move the parameters.
-        direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device.
+        direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device; zero
+            for constant rows of embeddings.
         loss: Loss at the weights.
         length: Norm of the gradient at the weights.
         slope: Component of that gradient along the direction.
@@ -64,11 +65,18 @@ class Line:
         self._dtype = finest_dtype(device)
         self.direction = space.gaussian(torch.Generator().manual_seed(1)).to(device, self._dtype)
         self.direction /= space.norm(self.direction)
-        self.loss, gradient_here = self.at(0.0)
+        with self.differences.displaced(self.vector(), 0.0):
+            loss = self._function()
+            matrix.facts.add([loss])
+            self.loss, gradient_here = loss.item(), self.flat(gradient(loss, matrix.parameters))
         self.length = self.norm(gradient_here)
         if 0 < self.length < math.inf:
             self.direction.add_(gradient_here, alpha=1 / self.length)
-            self.direction /= space.norm(self.direction)
+        if matrix.facts.constant_rows:
+            moving = self.flat(matrix.facts.without_constant_rows(self.vector(), matrix.parameters))
+            if not gradient_here[moving == 0].any():  # else these rows act elsewhere, too: in a tied output layer
+                self.direction = moving
+        self.direction /= space.norm(self.direction)
         self.slope = self.along(gradient_here)
 
     def at(self, step: float) -> tuple[float, Tensor]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hesd.numerics.derivatives.graphs import GraphFacts
 from lightning_hesd.numerics.krylov.vectors import norm_of
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, gradient
 
@@ -44,12 +45,14 @@ class FiniteDifferences:
         space: The space of vectors over them.
         blocks: Diagonal blocks to compute, each a range of the parameters.
         step: Distance h by which the parameters are moved along the vector, to either side.
+        facts: Facts about the graph of the function; constant rows of embeddings are not moved.
     """
 
     parameters: Sequence[Tensor]
     space: VectorSpace
     blocks: Sequence[slice] = (EVERYTHING,)
     step: float = 0.0
+    facts: GraphFacts = field(default_factory=GraphFacts, kw_only=True)
     _versions: list[int] = field(init=False)
     _lengths: dict[int, tuple[weakref.ref[Tensor], float]] = field(default_factory=dict, init=False)
 
@@ -93,6 +96,7 @@ class FiniteDifferences:
         length = self._known_length(block.start or 0, [v for v in vector if v is not None])
         if not length:
             return [None] * len(vector)
+        vector = self.facts.without_constant_rows(vector, self.parameters[block])
         with self.displaced(vector, self.step / length, block):
             ahead = gradient(function(), self.parameters[block])
         with self.displaced(vector, -self.step / length, block):

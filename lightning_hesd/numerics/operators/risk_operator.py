@@ -132,7 +132,7 @@ class RiskOperator:
             self.fall_back(self.cache.inexact_reason)
         else:
             if strategy == "finite_difference":
-                self.differences = FiniteDifferences(matrix.parameters, self.space, matrix.blocks)
+                self.differences = FiniteDifferences(matrix.parameters, self.space, matrix.blocks, facts=matrix.facts)
             self._prepare()
 
     @property
@@ -170,7 +170,7 @@ class RiskOperator:
         self._is_auto = False
         self.cache.inexact_reason = reason
         self.strategy, self.strategy_reason = "finite_difference", f"auto: {reason}"
-        self.differences = FiniteDifferences(matrix.parameters, self.space, matrix.blocks)
+        self.differences = FiniteDifferences(matrix.parameters, self.space, matrix.blocks, facts=matrix.facts)
         self._prepare()
 
     def _prepare(self) -> None:

@@ -232,8 +232,9 @@ def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
 def _words_of_change(found: Findings) -> str:
     return (
         "the loss function returned {:.8g} and {:.8g} for the same weights, batch and seed".format(*found.losses)
-        + ". It may draw from a random generator of its own, count its calls outside of the module, or change a batch "
-        "that cannot be copied. Make generators and counters attributes of the module: the analysis restores these"
+        + ". It may draw from a random generator of its own, change an object outside of the module (a counter, a "
+        "teacher network), or a batch that cannot be copied. Make such objects attributes of the module: the analysis "
+        "restores these"
     )
 
 

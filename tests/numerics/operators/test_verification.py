@@ -309,6 +309,43 @@ def test_a_part_that_the_outputs_hide_is_named():
     assert "`output_fn` or `output_loss` hides a part" in spectrum.reason
 
 
+@pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_for_padding_are_constants(strategy, sparse):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(4, 2, padding_idx=1, sparse=sparse), nn.Tanh(), nn.Flatten(), nn.Linear(6, 1))
+    nn.init.ones_(module[0].weight[1].data)
+    batches = [(torch.tensor([[0, 1, 2], [3, 2, 1], [1, 1, 0]]), torch.randn(3, 1))]
+
+    def by_products(m: Any, b: Any) -> Tensor:
+        rows = torch.stack([m[0].weight[0], torch.ones(2), m[0].weight[2], m[0].weight[3]])
+        return F.mse_loss(m[3](m[1](rows[b[0]]).flatten(1)), b[1])
+
+    found = hessian_spectrum(module, batches, cases.squared_error, strategy=strategy)
+    truth = hessian_spectrum(module, batches, by_products)
+    assert (found.verified, truth.verified) == ("yes", "yes")
+    assert found.c_t == pytest.approx(truth.c_t, abs=found.c_t_error + truth.c_t_error)
+    assert found.c_t_error < 0.05
+
+    def tied(m: Any, b: Any) -> Tensor:  # the row of padding is a class as well, and moves
+        return F.cross_entropy(m[1](m[0](b[0])).sum(1) @ m[0].weight.T, b[0][:, 0])
+
+    assert sparse or hessian_spectrum(module, batches, tied, strategy=strategy).verified == "no"
+
+
+@pytest.mark.parametrize(("scale", "big"), [(1e-10, 0.0), (1.0, 1e12)])
+def test_weights_of_any_size_are_moved_by_the_right_distance(scale, big):
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2).double()
+    module.weight.data.mul_(scale)
+    module.bias.data.fill_(big)  # does not curve the loss
+
+    def loss(m: Any, b: Any) -> Tensor:
+        return F.mse_loss(torch.tanh(b[0] @ m.weight.T / scale), b[1]) + 1e-12 * m.bias.sum()
+
+    assert hessian_spectrum(module, [(torch.randn(6, 3).double(), torch.randn(6, 2).double())], loss).verified == "yes"
+
+
 def test_a_gauss_newton_matrix_with_a_wrong_curvature_of_the_loss_is_refused():
     def loss(m: Any, b: Any) -> Tensor:
         return options["output_loss"](options["output_fn"](m, b), b)
