@@ -431,6 +431,22 @@ def test_products_of_16_bit_numbers_are_added_up_in_32_bits_inside(run):
     assert [getattr(settings, name) for name in names] == before == [True] * len(names)
 
 
+def test_global_settings_that_the_loss_changes_are_restored(run):
+    def settings() -> list[Any]:
+        own = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        return [torch.get_num_threads(), torch.is_anomaly_enabled(), torch.backends.cudnn.benchmark, *own, np.geterr()]
+
+    def change(_: nn.Module) -> None:
+        torch.set_num_threads(before[0] + 1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = not before[2]
+        np.seterr(under="raise")
+
+    before = settings()
+    run(Net(), change)
+    assert settings() == before
+
+
 class Cached(Dataset[Tensor]):
     """A dataset with a cache and a generator of its own."""
 
