@@ -121,6 +121,17 @@ class WeightedBatch:
             if weight > 0
         ]
 
+    def thinned(self, count: int) -> WeightedBatch:
+        """Return at most `count` evenly spaced samples of the batch; all of them if it cannot be cut."""
+        try:
+            size = self.length()
+            chosen = range(size)[:: math.ceil(size / count)]
+            [data] = cut(self.data, size, [slice(chosen.start, chosen.stop, chosen.step)])
+        except ValueError:
+            return self
+        share = len(chosen) / size
+        return replace(self, data=data, weight=self.weight * share, size=self.num_samples * share)
+
     def length(self) -> int:
         """Return the length of the dimension to cut: the number of samples, if there is a tensor of that length.
 

@@ -13,10 +13,12 @@ from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, Outpu
 from lightning_hesd.numerics.operators.directional import Comparison, Line, output_bend
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightning_hesd.numerics.derivatives.graphs import GraphFacts
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix, Matvec
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
     from lightning_hesd.numerics.operators.directional import Outcome
 
 STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
@@ -81,26 +83,10 @@ class Findings:
         return abs(claimed - found) / max(abs(claimed), abs(found), math.ulp(0.0))
 
 
-def findings(
-    matrix: CurvatureMatrix,
-    batch: WeightedBatch,
-    space: VectorSpace,
-    *,
-    exact: bool,
-    ready: tuple[float, Matvec] | None = None,
-) -> Findings:
-    """Compare in the present precision, along one line through the weights.
-
-    Args:
-        matrix: The curvature matrix, of one block.
-        batch: The batch.
-        space: The space of vectors over all parameters.
-        exact: Whether products come from differentiating twice; else only the gradient is compared.
-        ready: Loss and product of the batch from an earlier evaluation; None: they are computed here.
-    """
+def findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
+    """Compare in the present precision, along one line through the weights."""
     line = Line(matrix, batch, space)
-    another, matvec = ready or _evaluated(matrix, batch, exact=exact)
-    product = line.flat(matvec(line.vector())) if exact else None
+    another, product = _evaluated_again(matrix, batch, line, exact=exact)
     facts = matrix.facts
 
     epsilon = max(facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
@@ -175,11 +161,11 @@ def _size(line: Line) -> float:
     return size if math.isnan(reach) else max(min(size, reach), min(norm, 1.0), math.ulp(0.0))
 
 
-def _evaluated(matrix: CurvatureMatrix, batch: WeightedBatch, *, exact: bool) -> tuple[float, Matvec]:
-    """Return the loss of a batch and its product, which is of no use where products are not exact."""
-    if exact:
-        loss, matvec = matrix.make_matvec(batch, retain=False)
-        return loss.item(), matvec
-    loss = matrix.loss(batch)
-    matrix.facts.add([loss])
-    return loss.item(), lambda vector: vector
+def _evaluated_again(
+    matrix: CurvatureMatrix, batch: WeightedBatch, line: Line, *, exact: bool
+) -> tuple[float, Tensor | None]:
+    """Return the loss of a batch, and its product with the direction of a line, None where products are not exact."""
+    if not exact:
+        return matrix.loss(batch).item(), None
+    loss, matvec = matrix.make_matvec(batch, retain=False)
+    return loss.item(), line.flat(matvec(line.vector()))

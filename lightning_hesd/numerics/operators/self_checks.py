@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,12 @@ import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
-from lightning_hesd.numerics.operators.curvature import EVERYTHING, OutputMatrix
-from lightning_hesd.numerics.operators.derivative_findings import findings
-from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW, is_out_of_memory
+from lightning_hesd.numerics.operators.curvature import OutputMatrix
+from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW
 from lightning_hesd.numerics.operators.verification import Verification, WrongDerivativeError, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lightning_hesd.numerics.derivatives.hooks import Hooks
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 EPSILONS = (0.0, *(torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)))
 """Precisions that the ranks tell each other of."""
+
+SPREAD_BATCHES, SPREAD_SAMPLES = 6, 24
+"""Numbers of batches and of their samples that are compared beside the first few.
+
+A part that is wrong for one sample in ten is missed with a probability of 0.08, and one that is wrong for every second
+batch with 0.016.
+"""
 
 OUTCOMES: tuple[Outcome, ...] = ("differs", "agrees", "undecided")
 """In the order of their rank: the first that any rank found holds for all ranks."""
@@ -76,46 +83,47 @@ def _compared(risk: RiskOperator, in_finest: InFinest | None, hooks: Hooks) -> V
     if risk.batches:
         smallest = min(risk.batches, key=lambda batch: batch.num_samples)
         batch = risk.batches[0] if together else smallest
-        risk.comparison_bytes = _bytes_of_comparison(risk, batch.num_samples, in_finest)
+        risk.comparison_bytes = _bytes_of_comparison(risk, min(FEW, batch.num_samples), in_finest)
         own = verify(risk.matrix, batch, risk.space, exact=risk.is_exact, in_finest=in_finest, may_fail=not together)
         if own.gradient == "differs" and hooks.were_idle and not together:
             own = _with_hooks(risk, batch, own, hooks, in_finest)
-        if own.gradient != "differs":
-            own = _with_all_samples(risk, own, in_finest)
+        if own.gradient == "agrees":
+            own = _with_other_samples(risk, own, in_finest)
     of_gradient, of_products = (_joint(risk, outcome) for outcome in (own.gradient, own.products))
     return Verification(of_gradient, of_products, own.words)
 
 
-def _with_all_samples(risk: RiskOperator, own: Verification, in_finest: InFinest | None) -> Verification:
-    """Compare all samples in the precision of the module, given the comparison of a few in the finest precision.
+def _with_other_samples(risk: RiskOperator, own: Verification, in_finest: InFinest | None) -> Verification:
+    """Compare samples from all over the batches, given that the gradient is right for the first ones.
 
-    A loss may hide a part of itself for some samples only (pseudo-labels, tasks that take turns). The finest precision,
-    which may be slow, is for batches in which derivatives seem to be wrong. Products with several blocks are not those
-    with a whole vector, which take another graph.
+    A loss may hide a part of itself for some samples only: pseudo-labels, tasks that take turns.
     """
-    may_fail, is_whole = not risk.sharding.is_sharded, len(risk.matrix.blocks) == 1
-    whole = replace(risk.matrix, blocks=(EVERYTHING,))
-    another_graph = risk.kept_bytes + risk.cache.product_bytes * max(batch.num_samples for batch in risk.batches)
-    has_room = is_whole or another_graph <= risk.spare_memory
-    if has_room and not is_whole:
-        risk.comparison_bytes = max(risk.comparison_bytes, risk.kept_bytes + another_graph)
-    for batch, loss, matvec in zip(risk.batches, risk.losses, risk.matvecs, strict=True):
-        exact = risk.is_exact and own.products != "differs" and has_room
-        matrix, ready = (risk.matrix, (loss, matvec)) if is_whole else (whole, None)
-        try:
-            found = findings(matrix, batch, risk.space, exact=exact, ready=ready)
-        except Exception as error:
-            if not may_fail or is_out_of_memory(error):
-                raise
-            continue  # the loss refuses other weights
-        if found.is_repeatable and "differs" not in {found.gradient, found.products}:
-            continue
-        checked = verify(whole, batch, risk.space, exact=exact, in_finest=in_finest, may_fail=may_fail, few_first=False)
-        if checked.verdict(exact=exact) != "yes":
-            own = replace(checked, products=checked.products if exact else own.products)
+    for batch in _spread(risk, in_finest):
+        exact = risk.is_exact and own.products != "differs"
+        may_fail = not risk.sharding.is_sharded
+        found = verify(
+            risk.matrix, batch, risk.space, exact=exact, in_finest=in_finest, may_fail=may_fail, few_first=False
+        )
+        if found.verdict(exact=exact) == "no":
+            own = replace(found, products=found.products if exact else own.products)
         if own.gradient == "differs":
             break
     return own
+
+
+def _spread(risk: RiskOperator, in_finest: InFinest | None) -> Iterator[WeightedBatch]:
+    """Yield evenly spaced samples of some batches, the same at every call, as many as the memory allows."""
+    chosen = random.Random(0).sample(range(len(risk.batches)), min(SPREAD_BATCHES, len(risk.batches)))
+    count, bytes_per_sample = SPREAD_SAMPLES // len(chosen), _bytes_per_sample(risk, in_finest)
+    if bytes_per_sample:
+        of_product = risk.cache.product_bytes * max(batch.num_samples for batch in risk.batches)
+        count = min(count, int((risk.spare_memory + of_product) / bytes_per_sample))
+    count = max(count, FEW)
+    for at in sorted(chosen):
+        batch = risk.batches[at].thinned(count)
+        needed = _bytes_of_comparison(risk, batch.num_samples, in_finest)
+        risk.comparison_bytes = max(risk.comparison_bytes, needed)
+        yield batch
 
 
 def _with_hooks(
@@ -131,13 +139,20 @@ def _with_hooks(
 
 
 def _bytes_of_comparison(risk: RiskOperator, num_samples: float, in_finest: InFinest | None) -> float:
-    """Return the bytes of the kept graphs, and of the comparison of a batch's loss in the finest precision."""
-    cache, fine = risk.cache, 1.0
-    if in_finest is not None:
-        fine = finest_dtype(risk.device).itemsize / risk.matrix.parameters[0].element_size()
-    graphs = min(FEW, num_samples) * ((cache.graph_bytes or 0.0) + cache.product_bytes)
-    vector = sum(size_in_memory(p) for p in risk.matrix.parameters)
-    return risk.kept_bytes + fine * max(COMPARISON_VECTORS * vector + graphs, DIFFERENCE_VECTORS * vector)
+    """Return the bytes of the kept graphs, and of the comparison of the loss of some samples."""
+    graphs = num_samples * _bytes_per_sample(risk, in_finest)
+    vector = _times_finer(risk, in_finest) * sum(size_in_memory(p) for p in risk.matrix.parameters)
+    return risk.kept_bytes + max(COMPARISON_VECTORS * vector + graphs, DIFFERENCE_VECTORS * vector)
+
+
+def _bytes_per_sample(risk: RiskOperator, in_finest: InFinest | None) -> float:
+    """Return the bytes of graph and product of one sample in the comparison."""
+    return _times_finer(risk, in_finest) * ((risk.cache.graph_bytes or 0.0) + risk.cache.product_bytes)
+
+
+def _times_finer(risk: RiskOperator, in_finest: InFinest | None) -> float:
+    """Return how many times as long the numbers of the comparison are as those of the parameters."""
+    return finest_dtype(risk.device).itemsize / risk.matrix.parameters[0].element_size() if in_finest else 1.0
 
 
 def _joint(risk: RiskOperator, own: Outcome) -> Outcome:

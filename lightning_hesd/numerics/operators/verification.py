@@ -112,12 +112,12 @@ def verify(
             `throughout=True` also constants, batches of any class and what the loss casts), and yields the function
             from a parameter to its copy there; None: there is no such context.
         may_fail: Whether an error makes the outcome "undecided"; ranks that evaluate together must raise it.
-        few_first: Whether the agreement of a few samples is enough.
+        few_first: Whether a few samples are compared first, and their agreement is enough.
     """
     attempts: list[tuple[InFinest, bool, bool]] = [(_as_it_is, False, False)]
     if in_finest is not None:
-        attempts = [(in_finest, True, False), (in_finest, False, False), (in_finest, False, True), *attempts]
-        attempts = attempts if few_first else attempts[1:]
+        in_float64 = [(in_finest, True, False), (in_finest, False, False), (in_finest, False, True)]
+        attempts = [*in_float64[0 if few_first else 1 :], *attempts]
     found: list[Findings] = []
     problem = ""
     for context, few, beside in attempts:

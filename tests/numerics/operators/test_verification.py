@@ -414,6 +414,20 @@ def test_wrong_derivatives_for_some_samples_only_are_found_out(dtype, batches, a
         assert spectrum.lambda_max == pytest.approx(truth.lambda_max, rel=1e-3)
 
 
+def test_a_part_hidden_for_some_samples_is_found_behind_many_kinks_of_float32():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)]
+    module, batches = nn.Sequential(*layers), [(torch.randn(64, 1, 8, 8), torch.arange(64) < 32)]
+
+    def loss(m: Any, b: Any, is_hidden: bool) -> Tensor:
+        outputs = m(b[0])
+        targets = outputs.softmax(1).detach() if is_hidden else torch.ones_like(outputs)
+        return torch.where(b[1], outputs.square().mean(1), F.cross_entropy(outputs, targets, reduction="none")).mean()
+
+    verified = [hessian_spectrum(module, batches, lambda m, b, h=h: loss(m, b, h), steps=3).verified for h in (0, 1)]
+    assert verified == ["yes", "no"]
+
+
 def count(calls: list[int], loss: Tensor) -> Tensor:
     calls.append(1)
     return loss * (1 + len(calls) / 100)
