@@ -25,8 +25,8 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
     """Return the parameters to analyze by name, each once.
 
     Raises:
-        ValueError: If there is no such parameter, one is complex or without a shape yet, none has elements, two share
-            memory, or they are on several devices.
+        ValueError: If there is no such parameter, one is complex, sparse or without a shape yet, none has elements,
+            some share memory, or they are on several devices.
     """
     wanted = options.parameters
     trainable = {
@@ -51,6 +51,12 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
         if p.is_complex():
             msg = (
                 f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analyzed: leave it out by "
+                "`parameters`."
+            )
+            raise ValueError(msg)
+        if p.layout != torch.strided:
+            msg = (
+                f"parameter {name!r} is sparse ({p.layout}); only dense parameters can be analyzed: leave it out by "
                 "`parameters`."
             )
             raise ValueError(msg)
@@ -81,6 +87,12 @@ def _check_memory(parameters: Mapping[str, Tensor]) -> None:
         shard = local_shard(p)
         if has_memory(shard) and shard.layout == torch.strided and shard.numel():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(shard.shape, shard.stride(), strict=True))
+            if extent < shard.numel():
+                msg = (
+                    f"the elements of parameter {name!r} share memory, as `expand` makes them, so that no step can "
+                    "change them one by one: make it of a `clone()`."
+                )
+                raise ValueError(msg)
             if extent == shard.numel():  # else elements of other parameters may lie between its own
                 spans.append((shard.data_ptr(), shard.data_ptr() + shard.nbytes, name))
     for (_, stop, name), (start, _, other) in itertools.pairwise(sorted(spans)):

@@ -98,6 +98,12 @@ class TestOptions:
             hessian_spectrum(nn.Linear(1, 1), batches(), cases.squared_error, steps=0)
 
 
+def with_weight(weight: Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(weight))
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
@@ -109,6 +115,8 @@ class TestOptions:
         (nn.Tanh(), {}, r"`module` \(Tanh\) has no parameter that requires grad"),
         (nn.Linear(2, 1), {"parameters": lambda *_: False}, "leaves none of the 2 parameters: weight, bias"),
         (nn.Linear(2, 1, dtype=torch.complex64), {}, r"parameter 'weight' is complex \(torch\.complex64\)"),
+        (with_weight(torch.eye(2).to_sparse()), {}, r"parameter 'weight' is sparse \(torch\.sparse_coo\)"),
+        (with_weight(torch.ones(1, 1).expand(1, 2)), {}, r"elements of parameter 'weight' share memory"),
         (
             cases.tied_by_data(),
             {},
@@ -120,7 +128,7 @@ class TestOptions:
             r"must be on one device, got cpu, meta: .*`parameters=lambda name, p: str\(p\.device\) == 'meta'`",
         ),
     ],
-    ids=["frozen", "none", "filtered", "complex", "memory", "devices"],
+    ids=["frozen", "none", "filtered", "complex", "sparse", "expanded", "memory", "devices"],
 )
 def test_parameters_that_cannot_be_analyzed(module, options, message):
     with pytest.raises(ValueError, match=message):
