@@ -264,5 +264,6 @@ def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact
     if "undecided" in {of_gradient, of_products}:
         what = "the gradient is" if of_gradient == "undecided" else "the products are"
         return f"kinks or rounding ({found.precision}) hide whether {what} right"
+    constant = "; rows of embeddings for padding count as constants" if found.facts.constant_rows else ""
     compared = f"products agree with differences of the gradient to {found.product_gap:.1g}, and " if exact else ""
-    return f"{compared}the gradient agrees with differences of the loss ({found.precision})"
+    return f"{compared}the gradient agrees with differences of the loss ({found.precision}){constant}"

@@ -45,6 +45,13 @@ def test_rows_of_samples_are_concatenated_and_common_tensors_must_be_equal() -> 
         merged(batches([torch.zeros(2), common], [torch.zeros(3), 2 * common]))
 
 
+def test_scalars_and_shorter_tensors_that_are_equal_are_common() -> None:
+    """Without looking for their number of rows per sample, 0 and 0.5, among all whole numbers, which takes a minute."""
+    data = [torch.zeros(4), torch.tensor(3.0), torch.ones(2)]
+    whole = merged(batches(data, [t.clone() for t in data], sizes=(4, 4)))
+    assert [len(whole.data[0]), whole.data[1].item(), len(whole.data[2])] == [8, 3.0, 2]
+
+
 def test_one_batch_stays_itself() -> None:
     [batch] = batches([object()], sizes=(2,))
     assert merged([batch]) is batch
