@@ -98,10 +98,16 @@ class FiniteDifferences:
             return [None] * len(vector)
         vector = self.facts.without_constant_rows(vector, self.parameters[block])
         with self.displaced(vector, self.step / length, block):
-            ahead = gradient(function(), self.parameters[block])
+            ahead = self._gradient(function, block)
         with self.displaced(vector, -self.step / length, block):
-            behind = gradient(function(), self.parameters[block])
+            behind = self._gradient(function, block)
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
+
+    def _gradient(self, function: Callable[[], Tensor], block: slice) -> list[Tensor]:
+        if not self.facts.custom:
+            return gradient(function(), self.parameters[block])
+        # A backward pass that accumulates by itself runs only where gradients of other parameters need it.
+        return gradient(function(), self.parameters)[block]
 
     def _known_length(self, key: int, tensors: Sequence[Tensor]) -> float:
         """Return the norm of a vector in a block; it is read once for the products of all batches with the vector."""
