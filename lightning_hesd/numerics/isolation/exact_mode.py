@@ -13,7 +13,6 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +22,7 @@ from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.derivatives.power_iterations import PowerIterations
 from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.isolation.modes import set_mode
+from lightning_hesd.numerics.isolation.settings import kept_settings
 from lightning_hesd.numerics.isolation.snapshot import Snapshot, restoring
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def exact_mode(
     isolation = Isolation(module, others, analyzed, snapshot)
     device_types = {p.device.type for p in module.parameters()} | {"cpu"}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_kept_settings())
+        stack.enter_context(kept_settings())
         stack.enter_context(restoring(snapshot))
         snapshot.clear_gradients()
         for p in (p for p in analyzed if not p.requires_grad):
@@ -153,32 +153,6 @@ def exact_mode(
         set_mode(module, mode)
         _check_norms(module)
         yield isolation
-
-
-@contextlib.contextmanager
-def _kept_settings() -> Iterator[None]:
-    """Restore global settings that the user's functions may change, on leaving, if they have changed."""
-    settings: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
-        (torch.get_num_threads, torch.set_num_threads),
-        (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-        (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
-        (np.geterr, lambda value: np.seterr(**value)),
-        *[
-            (partial(getattr, torch.backends.cudnn, name), partial(setattr, torch.backends.cudnn, name))
-            for name in ("deterministic", "benchmark")
-        ],
-    ]
-    before = [read() for read, _ in settings]
-    try:
-        yield
-    finally:
-        for (read, write), value in zip(settings, before, strict=True):
-            if read() != value:
-                write(value)
-
-
-def _determinism() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from enum import IntEnum, auto
 from functools import partial
@@ -11,7 +10,6 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from lightning_hesd.numerics.isolation.attributes import ClassState
 from lightning_hesd.numerics.isolation.containers import BufferState, container_state
@@ -172,23 +170,6 @@ class TrackedValue(TrackedState):
     def restore(self) -> None:
         """Restore the value."""
         self._write()
-
-
-_CUDNN: Any = torch.backends.cudnn
-
-SETTINGS: list[tuple[str, Callable[[], object], Callable[[Any], object]]] = [
-    ("torch.get_num_threads()", torch.get_num_threads, torch.set_num_threads),
-    ("torch.is_anomaly_enabled()", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-    (
-        "torch.are_deterministic_algorithms_enabled()",
-        torch.are_deterministic_algorithms_enabled,
-        torch.use_deterministic_algorithms,
-    ),
-    ("torch.backends.cudnn.benchmark", lambda: _CUDNN.benchmark, partial(setattr, _CUDNN, "benchmark")),
-    ("numpy.geterr()", np.geterr, lambda before: np.seterr(**before)),
-    ("os.getcwd()", os.getcwd, os.chdir),
-]
-"""Settings of the process that may influence the numbers of training: name, and functions that read and write it."""
 
 
 class TrackedStates:

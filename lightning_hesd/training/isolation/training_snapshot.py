@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_hesd.numerics.isolation.settings import SETTINGS
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.isolation.tracked_states import (
-    SETTINGS,
     Owner,
     TrackedContent,
     TrackedStates,
