@@ -50,6 +50,7 @@ class Findings:
         products: Outcome for the products.
         directional: The directional derivative gᵀv, and the difference quotient of the loss that is closest to it.
         product_gap: Smallest relative difference between Hv and differences of the gradient.
+        product_norm: Norm of Hv; 0 where products are not exact.
         is_continuous: Whether shorter steps change the loss less.
         blur: Largest relative difference of numbers that count as equal.
         is_finest: Whether the precision is the finest of the device.
@@ -63,6 +64,7 @@ class Findings:
     products: Outcome
     directional: tuple[float, float]
     product_gap: float
+    product_norm: float
     is_continuous: bool
     blur: float
     is_finest: bool
@@ -141,6 +143,7 @@ def findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, 
         of_products,
         (claimed, min(quotients, key=lambda quotient: abs(quotient - claimed))),
         curves.gap,
+        0.0 if product is None else line.norm(product),
         changes[-1] <= max(CONTINUOUS * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
         2 * tolerance,  # the tolerance itself, and as much rounding
         is_finest,

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 Verdict = Literal["yes", "no", "unknown"]
 
+SINGULAR = 1e3
+"""Products at the weights that are so many times as long as beside them are those of a singularity, not of a kink."""
+
 LEAST_GAP = 1e-3
 """Relative difference between products in two precisions that is rounding in any case."""
 
@@ -134,6 +137,9 @@ def verify(
             continue
         if not found[-1].is_repeatable:
             return Verification("differs", "undecided", _words_of_change(found[-1]))
+        if beside and len(found) > 1 and found[-2].product_norm > SINGULAR * found[-1].product_norm:
+            found.pop()  # the curvature at the weights is not that beside them
+            continue
         if found[-1].agrees:
             found = [found[-1]] if context is not _as_it_is else found
             break

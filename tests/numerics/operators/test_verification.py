@@ -217,6 +217,17 @@ def test_a_kink_at_the_weights_is_no_wrong_gradient(activation, scale, zeros, dt
     assert (spectrum.verified, spectrum.strategy) == ("yes", "graph")
 
 
+def test_a_singularity_at_the_weights_is_not_verified_beside_them():
+    torch.manual_seed(0)
+    module = nn.Linear(3, 3, bias=False).double()
+    module.weight.data = torch.outer(torch.randn(3), torch.randn(3)).double()  # singular values of 1e-16
+    batches = [(torch.randn(6, 3).double(), torch.randn(6, 3).double())]
+    spectrum = hessian_spectrum(
+        module, batches, lambda m, b: cases.squared_error(m, b) + torch.linalg.matrix_norm(m.weight, "nuc")
+    )
+    assert not (spectrum.verified == "yes" and spectrum.lambda_max > 1e6)
+
+
 def test_a_jump_at_the_weights_is_not_verified_beside_them():
     """The Householder map of PyTorch multiplies by the diagonal of its weights, which is ±1, cut to integers."""
     torch.manual_seed(1)
