@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.assessment import SHORT_CAVEAT
 from lightning_hesd.spectra.record import START_EPOCH
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from lightning_hesd.spectra.record import SpectrumRecord
@@ -19,7 +20,7 @@ WIDTH = 80
 
 def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
     """Return the main results of an analysis, a line for each spectrum, with its step if epochs have several."""
-    start = f"{name}: {when(record, by_step=by_step)}, "
+    start = f"{name}: {time_title(record, by_step=by_step)}, "
     lines = [
         result_line(f"{start}{suffix.removeprefix('_')} " if suffix else start, spectrum)
         for suffix, spectrum in record.spectra.items()
@@ -64,13 +65,8 @@ def fitted(start: str, text: str) -> str:
     return start + textwrap.shorten(text, WIDTH - len(start), placeholder=" ...")
 
 
-def when(place: SpectrumRecord | Candidate, *, by_step: bool) -> str:
+def time_title(place: SpectrumRecord | Candidate, *, by_step: bool = False) -> str:
     """Return the epoch of an analysis, with its step if epochs have several."""
     if place.epoch == START_EPOCH:
         return "start"
     return f"epoch {place.epoch}, step {place.global_step}" if by_step else f"epoch {place.epoch}"
-
-
-def first_line(text: str | None) -> str:
-    """Return the first line of a text, or "" if there is none."""
-    return next(iter((text or "").splitlines()), "")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.indicators import indicators_of_network, layer_indicators
+from lightning_hesd.spectra.spectrum import plotting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,8 +96,7 @@ class SpectrumRecord:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the results of the analysis, with a figure of the density."""
-        # The package of figures is built on this one, and loaded when something is drawn.
-        found: str = importlib.import_module("lightning_hesd.plotting").record_html(self)
+        found: str = plotting().record_html(self)
         return found
 
     @property
