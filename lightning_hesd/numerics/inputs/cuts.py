@@ -45,10 +45,10 @@ def cut(batch: Any, size: int, ranges: Sequence[slice]) -> list[Any]:
     Raises:
         UnsplittableBatchError: If no value belongs to the samples, or it is not clear which do.
     """
-    return [_Knife(batch, size, chosen).part() for chosen in ranges]
+    return [_Cutter(batch, size, chosen).part() for chosen in ranges]
 
 
-class _Knife:
+class _Cutter:
     """Cuts the samples of one range out of a batch."""
 
     def __init__(self, batch: Any, size: int, chosen: slice) -> None:

@@ -18,18 +18,16 @@ without its casts, if it can be evaluated so.
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
-
-import torch
 
 from lightning_hesd.numerics.krylov.vectors import in_shape
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, gradient
 from lightning_hesd.numerics.operators.derivative_findings import ROUNDING_UNITS, findings
 from lightning_hesd.numerics.operators.directional import Line, beside_the_weights
-from lightning_hesd.numerics.operators.memory import FEW
+from lightning_hesd.numerics.operators.memory import COMPARED_SAMPLES
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,7 +78,7 @@ class WrongDerivativeError(RuntimeError):
         loss: The mean loss.
     """
 
-    def __init__(self, words: str, loss: float = math.nan) -> None:
+    def __init__(self, words: str, loss: float) -> None:
         super().__init__(words)
         self.loss = loss
 
@@ -121,13 +119,13 @@ def verify(
         if beside and found and not found[-1].is_continuous:
             continue  # beside the weights is another function
         try:
-            samples = batch.cut_at([FEW])[0] if few and batch.length() > FEW else batch
+            samples = batch.cut_at([COMPARED_SAMPLES])[0] if few and batch.length() > COMPARED_SAMPLES else batch
             subject = _Subject(matrix, samples, space, exact, beside)
             found.append(subject.findings(context) if context is _as_it_is else _finest(subject, context))
         except Exception as error:
             if not may_fail:
                 raise
-            problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            problem = f"{type(error).__name__}: {first_line(str(error))}"
             continue
         if found[-1].agrees:
             found = [found[-1]] if context is not _as_it_is else found
@@ -169,13 +167,12 @@ class _Subject:
                 return None if found.facts.custom else found
             with self._within(context) as matrix:
                 line = Line(matrix, self.batch, self.space)
-                expected = self._derivative(matrix, line, line.direction)
+                expected = self._derivative(matrix, line)
             with self._within(_as_it_is) as matrix:
-                computed = self._derivative(matrix, line, line.direction)
+                computed = self._derivative(matrix, line)
         except Exception:  # noqa: BLE001 - whatever the user's loss raises
             return None
-        epsilon = max(matrix.facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
-        allowed = max(ROUNDING_UNITS * epsilon, LEAST_GAP) * line.norm(expected)
+        allowed = max(ROUNDING_UNITS * matrix.epsilon, LEAST_GAP) * line.norm(expected)
         return found if line.norm(computed - expected) <= allowed else None
 
     @contextlib.contextmanager
@@ -186,11 +183,12 @@ class _Subject:
             with beside_the_weights(parameters, self.space) if self.beside else contextlib.nullcontext():
                 yield matrix
 
-    def _derivative(self, matrix: CurvatureMatrix, line: Line, direction: Tensor) -> Tensor:
-        """Return the product with a direction, or the gradient where products are differences of gradients."""
+    def _derivative(self, matrix: CurvatureMatrix, line: Line) -> Tensor:
+        """Return the product with the direction of a line, or the gradient where products are differences of it."""
         if not self.exact:
             return line.flat(gradient(matrix.loss(self.batch), matrix.parameters))
-        vector = [v.to(p.dtype) for v, p in zip(in_shape(direction, matrix.parameters), matrix.parameters, strict=True)]
+        direction = in_shape(line.direction, matrix.parameters)
+        vector = [v.to(p.dtype) for v, p in zip(direction, matrix.parameters, strict=True)]
         return line.flat(matrix.make_matvec(self.batch, retain=False)[1](vector))
 
 
