@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.report_facts import facts_html
 from lightning_hesd.commands.reported_run import MANY, ReportedRun, date, listed, paragraph, place, plural, typeset
+from lightning_hesd.spectra.analysis_lines import type_text
 from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.glossary import GLOSSARY
+from lightning_hesd.spectra.validation import first_line
 from lightning_hesd.training.run_facts import version_of
 
 if TYPE_CHECKING:
@@ -71,13 +73,10 @@ def _last_spectrum(record: SpectrumRecord | None) -> list[str]:
     """Return the cells of a record: its time, C_t with its interval, type, λ_max and loss."""
     if record is None or (spectrum := record.spectrum) is None:
         return ["all analyses failed", *[""] * 4]
-    defined = not math.isnan(spectrum.c_t)
-    c_t = (
-        f"{certain(spectrum.c_t, *spectrum.c_t_interval)} {interval(*spectrum.c_t_interval)}"
-        if defined
-        else "undefined"
-    )
-    kind = f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}" if defined else ""
+    c_t, kind = "undefined", ""
+    if not math.isnan(spectrum.c_t):
+        ends = spectrum.c_t_interval
+        c_t, kind = f"{certain(spectrum.c_t, *ends)} {interval(*ends)}", type_text(spectrum)
     return [place(record), c_t, kind, _lambda_max(spectrum), number(spectrum.loss, 3)]
 
 
@@ -102,8 +101,7 @@ def sentences(history: Sequence[SpectrumRecord]) -> list[str]:
     span = f"from {place(first)} to {place(last)}" if len(history) > 1 else f"at {place(first)}"
     found = [f"{plural(len(history), 'analysis', 'analyses')} {span}."]
     if failed := [record for record in history if record.error is not None]:
-        latest = next(iter((failed[-1].error or "").splitlines()), "")
-        found.append(f"{len(failed)} of them failed, the last with: {latest}")
+        found.append(f"{len(failed)} of them failed, the last with: {first_line(failed[-1].error)}")
     analyzed = [record for record in history if record.spectrum is not None]
     if not analyzed:
         return found

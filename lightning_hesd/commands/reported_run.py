@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.training.history import START_EPOCH
+from lightning_hesd.spectra.record import START_EPOCH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
