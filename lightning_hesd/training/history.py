@@ -22,7 +22,7 @@ from lightning_hesd.spectra.codec import (
     unpack_records,
 )
 from lightning_hesd.spectra.findings import findings
-from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
+from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord
 from lightning_hesd.spectra.run_comparison import compare_run_with_reference
 from lightning_hesd.spectra.summary import summarize
 from lightning_hesd.spectra.tables import layers_table, records_table
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.findings import Finding
     from lightning_hesd.spectra.reference_range import ReferenceComparison
 
-__all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
+__all__ = ["SpectrumHistory", "SpectrumRecord"]
 
 
 def is_plain_tensor(value: Any) -> bool:
