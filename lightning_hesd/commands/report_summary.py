@@ -8,7 +8,18 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.report_facts import facts_html
-from lightning_hesd.commands.reported_run import MANY, ReportedRun, date, listed, paragraph, place, plural, typeset
+from lightning_hesd.commands.reported_run import (
+    MANY,
+    ReportedRun,
+    date,
+    html_row,
+    html_table,
+    paragraph,
+    place,
+    plural,
+    typeset,
+)
+from lightning_hesd.judgment.verdict import listed
 from lightning_hesd.spectra.analysis_lines import type_text
 from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.glossary import GLOSSARY
@@ -54,7 +65,6 @@ def summary_html(runs: Sequence[ReportedRun], left_out: Sequence[str] = ()) -> s
 def _overview(runs: Sequence[ReportedRun]) -> str:
     """Return a table with a row for each run: its last spectrum, its findings, and its picks."""
     names = ("analyses", "last spectrum", "C_t", "type", "λ_max", "loss", "findings", "picks")
-    head = "".join(f'<th scope="col">{typeset(name)}</th>' for name in names)
     rows = []
     for run in runs:
         record = next((record for record in reversed(run.history) if record.spectrum is not None), None)
@@ -62,11 +72,8 @@ def _overview(runs: Sequence[ReportedRun]) -> str:
         rules = [rule for rule in _shown_rules(run.payload["rules"]) if rule["pick"]]
         picks = "; ".join(f"{rule['title']}: epoch {rule['pick']['epoch']}" for rule in rules) or "none"
         cells = [str(len(run.history)), *_last_spectrum(record), found, picks]
-        texts = "".join(f"<td>{typeset(cell)}</td>" for cell in cells)
-        rows.append(f'<tr><th scope="row">{html.escape(run.title)}</th>{texts}</tr>')
-    body = "\n".join(rows)
-    head = f"<thead><tr><td></td>{head}</tr></thead>"
-    return f'<div class="run-facts overview"><table>\n{head}\n<tbody>\n{body}\n</tbody></table></div>'
+        rows.append(html_row(html.escape(run.title), map(typeset, cells)))
+    return html_table(map(typeset, names), rows, " overview")
 
 
 def _last_spectrum(record: SpectrumRecord | None) -> list[str]:

@@ -34,7 +34,7 @@ def verdict(outcomes: Outcomes, against: str = LAST) -> str:
     def named(places: Sequence[int]) -> str:
         shown = [f"{_title(outcomes, against, place)} ({_gain(outcomes, against, place)})" for place in places]
         more = [f"{len(shown) - MAX_NAMED} more"] if len(shown) > MAX_NAMED else []
-        return _listed([*shown[:MAX_NAMED], *more])
+        return listed([*shown[:MAX_NAMED], *more])
 
     best = _best(outcomes, against, ranked[0])
     needed = runs_needed(outcomes.level)
@@ -96,5 +96,6 @@ def _best(outcomes: Outcomes, against: str, place: int) -> str:
     return f"{words} {_gain(outcomes, against, place)}"
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
+    """Return one or several texts with commas, and "and" before the last."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -12,15 +12,7 @@ from matplotlib.colors import FuncNorm, LogNorm
 from matplotlib.patheffects import Normal, Stroke
 
 from lightning_hesd.plotting.decades import density_per_decade, faintest, set_decades
-from lightning_hesd.plotting.style import (
-    NEGATIVE,
-    POSITIVE,
-    RunAxis,
-    mark_at_bottom,
-    new_axes,
-    shortened,
-    typeset,
-)
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, RunAxis, mark_at_bottom, new_axes, shortened, typeset
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.scalars import LAYER_SCALARS
 
