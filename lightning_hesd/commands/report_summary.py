@@ -19,8 +19,7 @@ from lightning_hesd.commands.reported_run import (
     plural,
     typeset,
 )
-from lightning_hesd.judgment.verdict import listed
-from lightning_hesd.spectra.analysis_lines import type_text
+from lightning_hesd.spectra.analysis_lines import listed, type_text
 from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.glossary import GLOSSARY
 from lightning_hesd.spectra.validation import first_line

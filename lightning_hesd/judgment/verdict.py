@@ -8,6 +8,7 @@ import numpy as np
 
 from lightning_hesd.judgment.candidates import LAST
 from lightning_hesd.judgment.statistics import runs_needed
+from lightning_hesd.spectra.analysis_lines import listed
 from lightning_hesd.spectra.rules import rule_title
 
 if TYPE_CHECKING:
@@ -94,8 +95,3 @@ def _best(outcomes: Outcomes, against: str, place: int) -> str:
         return f"the best of them, {title}, is exactly as good"
     words = f"the largest gain, {title}, is" if found.means[place] > 0 else f"the best of them, {title}, is at"
     return f"{words} {_gain(outcomes, against, place)}"
-
-
-def listed(parts: Sequence[str]) -> str:
-    """Return one or several texts with commas, and "and" before the last."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

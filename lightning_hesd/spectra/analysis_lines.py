@@ -10,6 +10,8 @@ from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
     from lightning_hesd.spectra.spectrum import Spectrum
@@ -58,6 +60,12 @@ def _results(spectrum: Spectrum) -> list[str]:
 def type_text(spectrum: Spectrum) -> str:
     """Return the type of a spectrum, with a question mark if it is not certain."""
     return f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
+
+
+def listed(parts: Sequence[str], word: str = "and") -> str:
+    """Return one or several texts with commas, and a word before the last."""
+    *others, last = parts
+    return f"{', '.join(others)} {word} {last}" if others else last
 
 
 def fitted(start: str, text: str) -> str:

@@ -216,8 +216,8 @@ class SpectrumHistory(list[SpectrumRecord]):
         `c_t_low`, `c_t_high`, `lambda_max`, ..., `loss`, `seconds`. Those of other spectra begin with `gen_`, `pre_`,
         `ggn_` or `residual_`, and are there if some record has such a spectrum; so are `delta_r_e`, `delta_k_h05` and
         `verdict` (in words), and `stability_ratio`. `metric_<key>` are the metrics of the network that were logged for
-        the analyzed weights. `hesd_type` is "MP" or "MN". What is undefined, or was not found
-        because the analysis failed, is missing; `error` has what failed.
+        the analyzed weights. `hesd_type` is "MP" or "MN". What is undefined, or was not found because the analysis
+        failed, is missing; `error` has what failed.
 
         Raises:
             ImportError: If pandas is not installed.
