@@ -37,7 +37,7 @@ small. So a share counts only where kinks or rounding hide whether the gradient 
 
 
 @dataclass(frozen=True)
-class Findings:
+class ComparedDerivatives:
     """Result of the comparison in one precision.
 
     Attributes:
@@ -115,7 +115,9 @@ class SlopeComparison:
         return next(known, "differs" if self._to_tolerance.outcome == "differs" else "undecided")
 
 
-def findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
+def compare_derivatives(
+    matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool
+) -> ComparedDerivatives:
     """Compare in the present precision, along one line through the weights."""
     line = Line(matrix, batch, space)
     product = line.flat(matrix.make_matvec(batch, retain=False)[1](line.vector())) if exact else None
@@ -161,7 +163,7 @@ def findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, 
     precision = f"a precision of {epsilon:.1g}" + (f", the finest on {device.type}" if is_finest else "")
     if of_products == "differs" and facts.is_kinked and not is_fine:
         of_products = "undecided"  # no step is short enough: the many kinks on its way look like a curvature
-    return Findings(
+    return ComparedDerivatives(
         of_gradient,
         of_products,
         (line.slope, slope.closest),
