@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def spectrum_html(spectrum: Spectrum) -> str:
-    """Return the main findings as a line of HTML, above a small figure of the density."""
+    """Return the main results as a line of HTML, above a small figure of the density."""
     line = _line(str(spectrum))
     if spectrum.verified == "no":
         return line

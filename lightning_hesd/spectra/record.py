@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.indicators import indicators_of_network, layer_indicators
 from lightning_hesd.spectra.spectrum import plotting
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,8 +91,8 @@ class SpectrumRecord:
     gradients: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Return the time and the main findings in one line."""
-        found = self.spectrum if self.error is None else f"failed: {self.error.splitlines()[0]}"
+        """Return the time and the main results in one line."""
+        found = self.spectrum if self.error is None else f"failed: {first_line(self.error)}"
         return f"<SpectrumRecord {when(self.epoch)}, step {self.global_step}: {found}>"
 
     def _repr_html_(self) -> str:

@@ -39,7 +39,7 @@ class Spectrum(SpectrumDensity):
     """
 
     def __str__(self) -> str:
-        """Return the main findings in one line."""
+        """Return the main results in one line."""
         if self.verified == "no":
             return f"no spectrum: {self.reason}"
         low, high = self.c_t_interval
@@ -52,11 +52,11 @@ class Spectrum(SpectrumDensity):
         )
 
     def __repr__(self) -> str:
-        """Return the main findings in one line: all fields would be thousands of numbers."""
+        """Return the main results in one line: all fields would be thousands of numbers."""
         return f"<Spectrum: {self}>"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the main findings and a figure."""
+        """Return what a notebook shows: the main results and a figure."""
         found: str = plotting().spectrum_html(self)
         return found
 
