@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from lightning_hesd.numerics.isolation.attributes import slot_names
+from lightning_hesd.numerics.isolation.attributes import attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -154,10 +154,3 @@ class _Cutter:
         for name, value in attributes(part).items():
             if name not in but:
                 object.__setattr__(part, name, self._part(value))
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, including those in slots."""
-    kind: Any = type(value)
-    found = {name: getattr(value, name) for name in slot_names(kind) if hasattr(value, name)}
-    return {**found, **getattr(value, "__dict__", {})}

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_hesd.numerics.inputs.cuts import attributes
+from lightning_hesd.numerics.isolation.attributes import attributes
 from lightning_hesd.numerics.isolation.containers import PLAIN_TYPES, has_plain_items
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.isolation.tensor_states import is_opaque, size_in_memory

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_hesd.numerics.inputs.cuts import attributes
+from lightning_hesd.numerics.isolation.attributes import attributes
 from lightning_hesd.numerics.isolation.containers import LONG_CONTAINER, PLAIN_TYPES, has_plain_items
 from lightning_hesd.numerics.isolation.streams import GENERATORS, STREAMS
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
