@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_hesd.spectra.analyzed_state import AnalyzedState
 from lightning_hesd.spectra.rules import RULES, rule_title
 from lightning_hesd.spectra.scalars import descriptions
-from lightning_hesd.spectra.selection import (
-    LOSS_SHARE,
-    Candidate,
-    CandidateFilter,
-    Ranking,
-    rank_by_loss,
-)
+from lightning_hesd.spectra.selection import LOSS_SHARE, Candidate, CandidateFilter, Ranking, rank_by_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -17,7 +17,7 @@ All of it takes the inner products of the basis vectors' elements in each layer,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,15 +72,8 @@ class LayerCurvature:
     @property
     def numbers(self) -> list[float]:
         """All numbers in the order of the fields, bounds as two each, for storage as a row of an array."""
-        plain = (self.dimension, self.trace, self.trace_error, self.trace_share, self.negative_share)
-        return [
-            *plain,
-            self.lambda_max_weight,
-            self.lambda_min_weight,
-            *self.lambda_max_bounds,
-            *self.lambda_min_bounds,
-            self.squared_norm,
-        ]
+        numbers: list[float] = np.hstack(astuple(self)).tolist()
+        return numbers
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[float]) -> LayerCurvature:

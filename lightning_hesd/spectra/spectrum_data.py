@@ -10,16 +10,7 @@ import numpy as np
 
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
 from lightning_hesd.spectra.layer_curvature import NUMBERS, LayerCurvature
-from lightning_hesd.spectra.validation import (
-    at_least,
-    check_fields,
-    each,
-    number,
-    of,
-    optional,
-    text,
-    within,
-)
+from lightning_hesd.spectra.validation import at_least, check_fields, each, number, of, optional, text, within
 
 if TYPE_CHECKING:
     import os

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_hesd.numerics.analysis.cost_model import Workload
+from lightning_hesd.spectra.analysis_lines import listed
 from lightning_hesd.spectra.scalars import as_factor
 from lightning_hesd.spectra.shorter_run import products_within
 from lightning_hesd.training.compat import messages
@@ -101,7 +102,7 @@ def cost_words(
     ]
     if limit is None and overhead > LIMIT:
         options.append(f"`max_overhead={LIMIT:g}` (at most {as_factor(LIMIT)}: it leaves out analyses)")
-    return f"{text} Less with {_either(options)}." if options else text, overhead
+    return f"{text} Less with {listed(options, 'or')}." if options else text, overhead
 
 
 def _fewer_products(record: SpectrumRecord, spectrum: Spectrum, overhead: float) -> list[str]:
@@ -134,8 +135,3 @@ def _fewer_analyses(schedule: Schedule, overhead: float) -> list[str]:
     if schedule.every_n_train_steps is not None:
         name, every = "every_n_train_steps", schedule.every_n_train_steps
     return [f"`{name}={FEWER * every}` ({as_factor(overhead / FEWER)})"]
-
-
-def _either(options: list[str]) -> str:
-    *others, last = options
-    return f"{', '.join(others)} or {last}" if others else last

@@ -68,7 +68,7 @@ class GradientMonitor:
         enabled: Whether to compare at all.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self._every = 1
         self._raw: dict[Tensor, Tensor] = {}

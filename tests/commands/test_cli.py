@@ -47,7 +47,7 @@ def paths(trained: Run) -> Paths:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The figures that `analyze` would have drawn in this process."""
     figures: list[Path] = []
-    monkeypatch.setattr(results, "draw", lambda spectrum, title, path: figures.append(path))
+    monkeypatch.setattr(results, "save_figure", lambda path, *_, **__: figures.append(path))
     return figures
 
 

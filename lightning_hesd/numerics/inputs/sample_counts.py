@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_hesd.numerics.inputs.cuts import attributes
+from lightning_hesd.numerics.isolation.attributes import attributes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

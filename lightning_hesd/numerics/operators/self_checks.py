@@ -10,7 +10,7 @@ import torch
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
 from lightning_hesd.numerics.operators.curvature import OutputMatrix
-from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW
+from lightning_hesd.numerics.operators.memory import COMPARED_SAMPLES, COMPARISON_VECTORS, DIFFERENCE_VECTORS
 from lightning_hesd.numerics.operators.verification import Verification, WrongDerivativeError, verify
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _bytes_of_comparison(risk: RiskOperator, num_samples: float, in_finest: InFi
     cache, fine = risk.cache, 1.0
     if in_finest is not None:
         fine = finest_dtype(risk.device).itemsize / risk.matrix.parameters[0].element_size()
-    graphs = min(FEW, num_samples) * ((cache.graph_bytes or 0.0) + cache.product_bytes)
+    graphs = min(COMPARED_SAMPLES, num_samples) * ((cache.graph_bytes or 0.0) + cache.product_bytes)
     vector = sum(size_in_memory(p) for p in risk.matrix.parameters)
     return risk.kept_bytes + fine * max(COMPARISON_VECTORS * vector + graphs, DIFFERENCE_VECTORS * vector)
 

@@ -29,7 +29,7 @@ function curvesOf(states, theme, hidden) {
 const colorOfField = (field, theme) => theme[field === "spectrum" ? "training" : field];
 
 /** The densities of states, the chosen one first, with nodes and extremes; at least one spectrum must not be hidden. */
-export function densityFigure(states, theme, hidden, isLinear) {
+function densityFigure(states, theme, hidden, isLinear) {
   const found = curvesOf(states, theme, hidden);
   const shown = found.filter(({ isShown }) => isShown);
   const scale = axisOfDensity(shown.map(({ spectrum }) => spectrum), isLinear);

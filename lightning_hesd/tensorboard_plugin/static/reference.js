@@ -1,5 +1,6 @@
 /** Is a spectrum as those of similar networks were? The texts come with the record. */
 
+import { minus } from "./base.js";
 import { element, typeset } from "./dom.js";
 
 const MEANING =
@@ -20,7 +21,7 @@ export function referenceOf({ reference, error }) {
 }
 
 function comparedRow({ key, title, value, usual, seen, answer }) {
-  const cell = (text) => element("td", { class: "number" }, text.replaceAll("-", "−") || "–");
+  const cell = (text) => element("td", { class: "number" }, minus(text) || "–");
   const isNoted = answer.startsWith("unusual") || answer.startsWith("outside");
   return element("tr", { "data-key": key }, element("th", { scope: "row" }, ...typeset(title)),
     element("td", { class: "number" }, isNoted ? element("strong", {}, answer) : answer), cell(value), cell(usual), cell(seen));
