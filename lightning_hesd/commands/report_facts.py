@@ -58,7 +58,7 @@ def _device(run: ReportedRun) -> str:
 
 def _options(run: ReportedRun) -> str:
     if not run.history.about:
-        return "unknown: an earlier release wrote the files"
+        return "unknown"
     options = [html.escape(f"{name} = {value}") for name, value in _named(run, "options").items()]
     return "<br>".join(options) or "all at their defaults"
 

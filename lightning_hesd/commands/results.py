@@ -125,16 +125,16 @@ class Results:
         return self._folder / "spectra" / f"{name}{FIELDS[field]}.npz"
 
     def _write(self) -> None:
-        save_text(self._folder / RESULTS, json.dumps(_without_nan(self._contents), indent=1))
+        save_text(self._folder / RESULTS, json.dumps(_finite(self._contents), indent=1))
 
 
-def _without_nan(value: Any) -> Any:
-    """Return the value with None in place of NaN, which JSON does not know."""
+def _finite(value: Any) -> Any:
+    """Return the value with None in place of NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _identity(path: Path) -> dict[str, Any]:

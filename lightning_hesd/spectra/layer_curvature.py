@@ -78,9 +78,9 @@ class LayerCurvature:
     @classmethod
     def of_numbers(cls, numbers: Sequence[float]) -> LayerCurvature:
         """Return the curvature with these `numbers`."""
-        dimension, trace, error, share, negative, largest, smallest, *bounds = map(float, numbers)
+        dimension, trace, error, share, negative, largest, smallest, *bounds, norm = map(float, numbers)
         pairs = (bounds[0], bounds[1]), (bounds[2], bounds[3])
-        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs, *bounds[4:])
+        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs, norm)
 
 
 NUMBERS = 12

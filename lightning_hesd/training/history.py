@@ -73,7 +73,7 @@ class SpectrumHistory(list[SpectrumRecord]):
     Attributes:
         about: Facts about the run that wrote the records last, as plain values: `started` and `written` (times in UTC),
             `versions` by package, `device`, and `options`, the arguments of the callback that are not its defaults.
-            Empty where they are unknown, as in files of earlier releases. Checkpoints do not have it.
+            Empty where no Trainer wrote the files. Checkpoints do not have it.
     """
 
     def __init__(self) -> None:

@@ -80,7 +80,7 @@ def tried(version: str, environment: str, torch: str) -> tuple[dict[str, str], s
             run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cli]", *TOOLS, torch, *pins)
         except subprocess.CalledProcessError:
             return {}, problem
-        # Other versions warn of other things. "default" would show some once per process, where tests expect them again.
+        # Other versions warn of other things. With "default" some would be shown once only, and missed later.
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "always", "--no-header"]
         files = [ROOT / "tests" / "training" / f"{test}.py" for test in TESTS]
         done = subprocess.run(

@@ -37,7 +37,7 @@ function densityFigure(states, theme, hidden, isLinear) {
   const curves = found.map((one) => ({ ...one, ...densityOn(one.spectrum, scale), hasBand: hasBands && !one.isPinned }));
   const [bottom, top] = heights(curves.filter(({ isShown }) => isShown), scale);
   const ticks = isLinear ? {} : ticksOf(scale);
-  const [name, unit] = nameOf(shown.map(({ spectrum }) => spectrum.matrix ?? "hessian"));
+  const [name, unit] = nameOf(shown.map(({ spectrum }) => spectrum.matrix));
   return {
     data: curves.flatMap((curve, index) => tracesOf(curve, index, scale, bottom, top, theme)),
     layout: layoutOf(

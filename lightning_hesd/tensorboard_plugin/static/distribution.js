@@ -9,11 +9,11 @@ const LINEAR_SHARE = 1e-4; // eigenvalues below this share of the largest are dr
 
 /**
  * Return the distribution as uniform pieces, {low, high, mass}: the weight of a node is spread such that the node is the
- * mean. A piece with equal ends is a point, as all are in payloads of earlier releases.
+ * mean. A piece with equal ends is a point.
  */
 function piecesOf({ nodes, weights, left, right }) {
   return nodes.flatMap((node, i) => {
-    const [before, after] = [left?.[i] ?? 0, right?.[i] ?? 0];
+    const [before, after] = [left[i], right[i]];
     const below = before + after > 0 ? (weights[i] * after) / (before + after) : weights[i];
     return [{ low: node - before, high: node, mass: below }, { low: node, high: node + after, mass: weights[i] - below }];
   }).filter(({ mass }) => mass > 0);

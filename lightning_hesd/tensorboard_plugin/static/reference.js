@@ -7,9 +7,8 @@ const MEANING =
   "Usual: within the middle 80 % of these networks. Half of the healthy networks that we tried were beyond that in some quantity: “unusual” is no fault by itself, and “usual” proves nothing.";
 
 /** Return how a record compares with the reference range. */
-export function referenceOf({ reference, error }) {
-  if (error) return [element("p", {}, "No comparison: the analysis failed.")];
-  if (!reference?.quantities) return [element("p", {}, "No comparison: an earlier release wrote this record.")];
+export function referenceOf({ reference }) {
+  if (!reference.quantities) return [element("p", {}, "No comparison: the analysis failed.")];
   if (reference.reason) return [element("p", {}, `No comparison: ${reference.reason}.`)];
   const heads = ["", "answer", "here", "middle 80 %", "all"].map((title) => element("th", title ? { scope: "col" } : {}, title));
   return [

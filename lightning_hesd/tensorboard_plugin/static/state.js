@@ -51,7 +51,7 @@ function tableOfSpectra(record) {
 
 /** Return what is unusual about a state: {badge, kind, why}; kind "fine", "doubt" or "wrong". */
 export function badgesOf(record) {
-  const found = (key) => (record.findings ?? []).find((finding) => finding.key === key);
+  const found = (key) => record.findings.find((finding) => finding.key === key);
   const spectrum = spectrumOf(record);
   const badges = [];
   if (record.error) badges.push({ badge: spectrum ? "a part failed" : "failed", kind: "wrong", why: record.error });
@@ -60,8 +60,8 @@ export function badgesOf(record) {
   if (spectrum.type === "MN") badges.push(mainlyNegative(record, spectrum, found("mainly_negative")));
   const singular = found("quasi_singular");
   if (singular) badges.push({ badge: "quasi-singular", kind: "doubt", why: withMinus(`${singular.evidence} ${singular.action}`) });
-  const verified = spectrum.verified ?? "unknown";
-  badges.push({ badge: VERIFIED[verified], kind: { yes: "fine", no: "wrong" }[verified] ?? "doubt", why: spectrum.verification ?? "an earlier release wrote this record" });
+  const { verified, verification } = spectrum;
+  badges.push({ badge: VERIFIED[verified], kind: { yes: "fine", no: "wrong" }[verified] ?? "doubt", why: verification });
   return badges;
 }
 
