@@ -18,11 +18,18 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.rules import RULES
+from lightning_hesd.training.checkpoints.placement import keep_weights
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.broken import out_of_luck
 from tests.training.modules import Validated, callback, fit, own_warnings
@@ -436,6 +443,48 @@ def test_a_resumed_run_counts_progress_from_its_first_loss(tmp_path: Path) -> No
             trainer.fit(ScriptedModule(FALLING), loader(), ckpt_path=checkpoint.last_model_path)
         assert epoch_of(resumed.best_model_path) == 2
         assert resumed.qualified_steps == [6, 8]
+
+
+class KeepingSource(ScriptedSource):
+    """Keeps the weights of its analyses, as HessianSpectrumCallback does."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        keep_weights(trainer, self, pl_module)
+
+
+RISING_AND_FALLING = [Epoch(-0.5), Epoch(-0.1), Epoch(-0.3)]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize("metric", [None, "train_acc"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_resumed_from_the_checkpoint_of_another_callback(
+    tmp_path: Path, metric: str | None, changed: bool
+) -> None:
+    """That callback saves before the pick of the epoch is known, and the file of the pick before it is then deleted."""
+
+    last = tmp_path / "theirs" / "last.ckpt"
+
+    def trained(epochs: int, ckpt_path: Path | None) -> tuple[HessianCheckpoint, list[str]]:
+        own = HessianCheckpoint(train_metric=metric, dirpath=tmp_path / "own")
+        change = LambdaCallback(on_train_epoch_end=lambda _, module: module.weight.data.add_(1.0 if changed else 0.0))
+        theirs = ModelCheckpoint(dirpath=last.parent, save_last=True)
+        source = KeepingSource(RISING_AND_FALLING)
+        with own_warnings() as said:
+            trainer = make_trainer(tmp_path, [source, change, theirs, own], epochs)
+            trainer.fit(ScriptedModule(RISING_AND_FALLING), loader(), ckpt_path=ckpt_path)
+        return own, said
+
+    trained(2, None)
+    own, said = trained(3, last)
+    # Changed weights are not those that were analyzed.
+    assert [c.epoch for c in own.candidates] == [2 if changed else 1]
+    assert any("epoch=0-step=2.ckpt" in text for text in said) is changed
+    if not changed:
+        assert said == []
+        assert epoch_of(own.best_model_path) == 1
+        assert Path(own.best_model_path).name == "hesd-highest_c_t-epoch=1-step=4-v1.ckpt"
 
 
 # A disk that is full --------------------------------------------------------------------------------------------------
