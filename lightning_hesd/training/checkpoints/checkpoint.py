@@ -13,7 +13,7 @@ from lightning_hesd.spectra.rules import rule_title
 from lightning_hesd.spectra.selection import SelectionEvent, first_loss
 from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCheckpoint
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import prefix
-from lightning_hesd.training.checkpoints.pick_report import report_pick
+from lightning_hesd.training.checkpoints.pick_report import report_pick, why_nothing_was_ranked
 from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric, check_rule, criterion_of
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
@@ -199,8 +199,8 @@ class HessianCheckpoint(CandidateCheckpoint):
         is_refused = self.source is None or self.source.refusal is not None  # a warning has said so
         if not self.candidates and self.save_final(trainer) and not is_refused:
             warn(
-                f"{self.title} could rank no analyzed epoch; its best_model_path is the checkpoint of the final "
-                f"weights, {self.best_model_path}."
+                f"{self.title} could rank no analyzed epoch ({why_nothing_was_ranked(self)}); its best_model_path is "
+                f"the checkpoint of the final weights, {self.best_model_path}."
             )
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

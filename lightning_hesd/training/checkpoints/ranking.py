@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.spectra.record import SpectrumRecord
-    from lightning_hesd.spectra.rules import RuleName
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.error_policy import ErrorPolicy
 
@@ -179,9 +178,7 @@ class RunRanking:
 # The criterion --------------------------------------------------------------------------------------------------------
 
 
-def criterion_of(
-    record: SpectrumRecord, rule: RuleName | Callable[[SpectrumRecord], float], errors: ErrorPolicy
-) -> float:
+def criterion_of(record: SpectrumRecord, rule: str | Callable[[SpectrumRecord], float], errors: ErrorPolicy) -> float:
     """Return the criterion of a record; NaN if the record lacks what it needs, or the user's function fails."""
     if isinstance(rule, str):
         complaint = RULES[rule].complaint(record)

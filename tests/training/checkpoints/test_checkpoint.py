@@ -213,10 +213,22 @@ def fails_at_epoch_1(record: SpectrumRecord) -> float:
         # Without mainly positive candidates the metric decides.
         ([Epoch(-0.7, loss=0.10), Epoch(-0.9, loss=0.09), Epoch(-0.8, loss=0.2)], "highest_c_t", r"positive \(MP\)", 1),
         # Without anything to rank the final weights are kept.
-        ([Epoch(None), Epoch(math.nan), Epoch(-0.5, error=True)], "highest_c_t", "final weights", 2),
+        (
+            [Epoch(math.nan), Epoch(0, error=True)],
+            "highest_c_t",
+            r"\(the analysis of epoch 1 failed: .*final weights",
+            1,
+        ),
+        (
+            [Epoch(math.nan), Epoch(None)],
+            "highest_c_t",
+            r"epoch \(the spectrum of epoch 0 has no C_t: no curvature\)",
+            1,
+        ),
+        ([Epoch(None)], "highest_c_t", r"\(no epoch was analyzed\)", 0),
         (SCRIPT, fails_at_epoch_1, r"rule of HessianCheckpoint failed at epoch 1.*no luck", 3),
     ],
-    ids=["MN", "nothing", "failure"],
+    ids=["MN", "failed", "undefined", "nothing", "failure"],
 )
 def test_where_a_rule_cannot_decide_it_says_so(
     script: list[Epoch], rule: Any, message: str, expected: int, tmp_path: Path
