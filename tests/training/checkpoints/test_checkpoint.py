@@ -535,6 +535,33 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, t
         assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1
 
 
+class Unreliable(TorchCheckpointIO):
+    """Writes all checkpoints but that of the second epoch, and deletes none."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "epoch=1-" in Path(path).name:
+            raise RuntimeError("the storage\ndoes not answer")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if Path(path).exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+
+
+def test_failures_of_a_plugin_do_not_end_training(tmp_path: Path) -> None:
+    script = [Epoch(c_t) for c_t in (-0.5, -0.4, -0.3, -0.2)]
+    rule = HessianCheckpoint(dirpath=tmp_path / "rule")
+    lose = LambdaCallback(on_train_epoch_start=lambda trainer, _: trainer.current_epoch == 3 and third.unlink())
+    third = tmp_path / "rule" / "hesd-highest_c_t-epoch=2-step=6.ckpt"
+    with own_warnings() as said:
+        run_script(tmp_path, script, [ScriptedSource(script), lose, rule], quiet=False, plugins=[Unreliable()])
+    unwritten, undeleted = said
+    assert re.search(r"could not write .*epoch=1-step=4.ckpt \(RuntimeError: the storage does not answer\)", unwritten)
+    assert re.search(r"epoch=0-step=2.ckpt is not needed any more, but cannot be deleted \(.*Permission", undeleted)
+    assert epoch_of(rule.best_model_path) == 3
+
+
 def test_without_room_for_any_file_there_is_no_pick_and_no_training_if_the_callback_is_to_raise(tmp_path: Path) -> None:
     options = {"enable_checkpointing": True, "plugins": [FullDisk(0, 1)], "limit_train_batches": 4}
     observer = callback(on_error="warn", checkpoint="highest_c_t", at_start=True)
