@@ -57,10 +57,11 @@ def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list
         records: Payloads of records.
         selections: Payloads of selection events; those of one callback in the order of training.
     """
-    by_callback: dict[str, list[Payload]] = {}
+    by_callback: dict[str, dict[int, Payload]] = {}
     for selection in selections:
-        by_callback.setdefault(selection["key"], []).append(selection)
-    found = [_of_callback(made) for made in by_callback.values()]
+        # A resumed run may rank the state that it begins with again.
+        by_callback.setdefault(selection["key"], {})[selection["global_step"]] = selection
+    found = [_of_callback(list(made.values())) for made in by_callback.values()]
     used = {decision["rule"] for decision in found}
     states = list(map(AnalyzedState.of_payload, records))
     # Of a rule without a callback, the decision that one with default settings would make.

@@ -55,6 +55,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._analyzed = AnalyzedSaving(self.errors)
         self.source: SpectrumSource | None = None
         self._stage = "fit"
+        self._score_to_rank: float | None = None  # of an analysis that was not ranked before the run was resumed
         self.begin_copies()
 
     @property
@@ -146,8 +147,10 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
         Of score and criterion, higher is better. Return their entry in the ranking; None if the file was not written.
         """
-        before = self.candidates
-        path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])
+        before, names = self.candidates, self._monitor_candidates(trainer)
+        if self._is_resumed:
+            names["epoch"] = torch.tensor(record.epoch)  # the Trainer counts the next one already
+        path = self.free_path(trainer, names, [c.path for c in before])
         mark: str = trainer.strategy.broadcast(uuid.uuid4().hex)
         mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
         latest = Candidate(record.epoch, record.global_step, score, criterion, mainly_positive, path, mark)
@@ -285,6 +288,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
             raise ValueError(msg)
         self._is_resumed = True
         self._load(state_dict)
+        self._score_to_rank = state_dict["score_to_rank"]
 
     def _load(self, state: dict[str, Any]) -> None:
         self._ranking.load_state_dict(state)

@@ -111,7 +111,11 @@ class FirstBatches:
             on_cpu = move_data_to_device(data, torch.device("cpu"))
             moved = all(isinstance(array, np.ndarray) or array.device.type == "cpu" for array in _arrays(on_cpu))
             data = on_cpu if moved else data
-        read = measure_batch(data, None, self._batch_weight)
+        try:
+            read = measure_batch(data, None, self._batch_weight)
+        except ValueError as error:  # which says what to do
+            msg = f"the training batches cannot be analyzed: {error}"
+            raise NoBatchesError(msg) from error
         if read.size > 0:
             self._bytes += size
             self._pending = _CopiedBatch(read, position, moved)
@@ -136,8 +140,10 @@ class FirstBatches:
         """Return the first copied batches, as `training_step` got them, on the device of training.
 
         Raises:
-            NoBatchesError: If a batch could not be copied.
+            NoBatchesError: If a batch could not be copied, or its size is not known.
         """
+        if isinstance(self._failure, NoBatchesError):
+            raise NoBatchesError(str(self._failure)) from self._failure
         if self._failure is not None:
             msg = (
                 f"the training batches cannot be copied for the analysis ({type(self._failure).__name__}: "
