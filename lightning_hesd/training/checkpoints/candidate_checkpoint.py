@@ -14,7 +14,7 @@ from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.validation import first_invalid_field, one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
-from lightning_hesd.training.checkpoints.ranking import STATE, completed
+from lightning_hesd.training.checkpoints.ranking import STATE
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
@@ -264,6 +264,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """Return the candidates as plain values."""
         return {
             **self._ranking.state_dict(),
+            "score_to_rank": None,
             "best_model_path": self.best_model_path,
             "last_model_path": self.last_model_path,
             "dirpath": str(self.dirpath),
@@ -279,7 +280,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """
         if self._stage != "fit":
             return
-        state_dict = completed(state_dict)
         if (wrong := first_invalid_field(state_dict, STATE)) is not None:
             msg = (
                 f"the state of {self.title} in the checkpoint is damaged, or of another version: its `{wrong}` is "

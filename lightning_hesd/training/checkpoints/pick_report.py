@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_hesd.spectra.record import when
+from lightning_hesd.spectra.validation import first_line
 from lightning_hesd.training import terminal
 from lightning_hesd.training.folders import shown_path
-from lightning_hesd.training.history import when
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -36,8 +37,7 @@ def why_nothing_was_ranked(checkpoint: CandidateCheckpoint) -> str:
         return "no epoch was analyzed"
     record = history[-1]
     if record.spectrum is None:
-        failure = next(iter((record.error or "").splitlines()), "no message")
-        return f"the analysis {when(record.epoch)} failed: {failure}"
+        return f"the analysis {when(record.epoch)} failed: {first_line(record.error)}"
     if record.spectrum.reason is not None:
         return f"the spectrum {when(record.epoch)} has no C_t: {record.spectrum.reason}"
     return "a warning has said why"

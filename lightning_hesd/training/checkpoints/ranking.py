@@ -48,11 +48,6 @@ STATE = {
 """Checks of the state of a HessianCheckpoint."""
 
 
-def completed(state: Any) -> Any:
-    """Return the state of a HessianCheckpoint with the fields that are not in every one."""
-    return {"preferred_step": None, "score_to_rank": None, **state} if isinstance(state, dict) else state
-
-
 def check_rule(rule: object, ties: Ties | None) -> None:
     """Check that a rule is a known name or a function, and that its errors are known if they are to break ties.
 
