@@ -10,6 +10,7 @@ import torch
 from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.parameters import inverse_root, select_parameters
 from lightning_hesd.numerics.krylov.rayleigh_ritz import RitzSubspace
+from lightning_hesd.numerics.krylov.vectors import euclidean_norm, inner_product
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.diagonal_block import choose_difference_step
 
@@ -118,7 +119,7 @@ class SharpnessTracker:
         return TrackedSharpness(
             lambda_max=pairs[0].value,
             preconditioned=pairs[1].value if len(pairs) > 1 else None,
-            batch_sharpness=None if slope is None or product is None else float(torch.dot(slope, product)),
+            batch_sharpness=None if slope is None or product is None else float(inner_product(slope, product)),
             products=subspace.products + (slope is not None),
         )
 
@@ -143,5 +144,5 @@ def _unit_gradient(operator: DiagonalBlock) -> Tensor | None:
     if not bool(total.isfinite().all()):
         msg = "the gradient of the loss is NaN or infinite, though the loss is finite."
         raise ArithmeticError(msg)
-    length = torch.linalg.vector_norm(total)
+    length = euclidean_norm(total)
     return total / length if length > 0 else None
