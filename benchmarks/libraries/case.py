@@ -14,8 +14,6 @@ The function seeds all generators, makes its data, trains for a few epochs withi
 Trainer in the library's way. It writes to `folder`, which is also the working directory.
 """
 
-PLAIN_LINE = 'HessianSpectrumCallback(checkpoint="highest_c_t")'
-
 
 @dataclass(frozen=True)
 class Case:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_hesd import SpectrumHistory
 from lightning_hesd.spectra.files import atomic_write
-from lightning_hesd.training.history import START_EPOCH
+from lightning_hesd.spectra.record import START_EPOCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -91,7 +91,7 @@ def run(config: Namespace) -> None:
         records[name] = record
         if writes:
             start = f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: "
-            print(_finding(start, record), flush=True)
+            print(_result(start, record), flush=True)
     if not writes:
         return
     store.finish(table_lines(records, config.tolerance_of_loss))
@@ -104,7 +104,7 @@ def run(config: Namespace) -> None:
         raise CommandError(msg)
 
 
-def _finding(start: str, record: SpectrumRecord) -> str:
+def _result(start: str, record: SpectrumRecord) -> str:
     """Return the main results of a checkpoint, or why there are none."""
     if record.spectrum is None or record.error is not None:
         return f"{start}{record.error}"

@@ -6,6 +6,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING
 
+from lightning_hesd.spectra.analysis_lines import listed
 from lightning_hesd.spectra.validation import one_line
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def plain(message: str) -> str:
     key, words, value = found.groups()
     choices = [choice for listed in re.findall(r"Literal\[(.*?)\]", words) for choice in listed.split(", ")]
     kinds = [KINDS[name] for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", words) if name in KINDS]
-    *others, last = dict.fromkeys([*choices, *kinds]) or ["of another type"]
-    expected = f"{', '.join(others)} or {last}" if others else last
+    expected = listed([*dict.fromkeys([*choices, *kinds])] or ["of another type"], "or")
     return f"{key.removeprefix('instance.')} must be {expected}, got {value!r}"
 
 

@@ -17,12 +17,10 @@ from lightning_hesd.numerics.analysis.cost_model import (
     measured_bandwidth,
 )
 from lightning_hesd.numerics.operators.memory import VECTORS
+from lightning_hesd.spectra.analysis_lines import WIDTH
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
-
-WIDTH = 80
-"""Columns of a terminal."""
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 """What the letter behind a number of parameters stands for, such as that of 7B."""

@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning_hesd.judgment.judge import judge
 from lightning_hesd.judgment.statistics import LEVEL
-from lightning_hesd.spectra.files import atomic_write
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
-
-    from lightning_hesd.judgment.judgment import Judgment
 
 CANDIDATES = (
     "Among which analyzed epochs the rules pick: 'near' (MP, and a loss within 5 % of its drop of the lowest one), "
@@ -72,15 +69,6 @@ def run(config: Namespace) -> None:
     if config.markdown is not None:
         found.to_markdown(config.markdown)
     if config.figure is not None:
-        draw(found, config.figure)
+        from lightning_hesd.commands.plot import save_figure  # noqa: PLC0415 - Matplotlib is slow to import
 
-
-def draw(judgment: Judgment, target: Path) -> None:
-    """Write the figure in the format that the name of the file asks for, PNG without one."""
-    from lightning_hesd.plotting import offscreen  # noqa: PLC0415 - Matplotlib is slow to import
-
-    with offscreen():
-        figure = judgment.plot().get_figure(root=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as partial:
-        figure.savefig(partial, format=target.suffix.removeprefix(".") or "png")  # type: ignore[union-attr]
+        save_figure(config.figure, found.plot)

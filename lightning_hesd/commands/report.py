@@ -18,7 +18,7 @@ from lightning_hesd.commands.reported_run import ReportedRun
 from lightning_hesd.judgment.judge import judge_payloads
 from lightning_hesd.judgment.runs import run_folders, short_names
 from lightning_hesd.spectra.decisions import rewound, run_payload
-from lightning_hesd.spectra.files import atomic_write
+from lightning_hesd.spectra.files import save_text
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload
 from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
@@ -66,11 +66,7 @@ def write_report(runs: Location | Sequence[Location], out: str | os.PathLike[str
     found, left_out = _read_all([runs] if isinstance(runs, str | os.PathLike) else runs, name)
     payloads = [{**run.payload, "color": color} for color, run in enumerate(found)]
     document = report(*payloads, summary=summary_html(found, left_out))
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as partial:
-        # Names of files need not be text; what has no letters gets question marks.
-        partial.write_text(document, encoding="utf-8", errors="replace")
+    save_text(out, document, errors="replace")  # names of files need not be text: what has no letters gets "?"
 
 
 def _read_all(locations: Sequence[Location], name: str) -> tuple[list[ReportedRun], list[str]]:

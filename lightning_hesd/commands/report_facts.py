@@ -6,7 +6,7 @@ import html
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.commands.reported_run import MANY, ReportedRun, date
+from lightning_hesd.commands.reported_run import MANY, ReportedRun, date, html_row, html_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,29 +19,19 @@ def facts_html(runs: Sequence[ReportedRun]) -> str:
     """Return tables of the facts: of a few runs in columns, of many what they have in common and what differs."""
     known = {name: values for name, of in FACTS.items() if any(values := [of(run) for run in runs])}
     if len(runs) <= MANY:
-        titles = "".join(f'<th scope="col">{html.escape(run.title)}</th>' for run in runs)
-        rows = "\n".join((_shared if len(set(values)) == 1 else _row)(name, values) for name, values in known.items())
-        return _table(f"<thead><tr><td></td>{titles}</tr></thead>", rows)
+        rows = [(_shared if len(set(values)) == 1 else html_row)(name, values) for name, values in known.items()]
+        return html_table([html.escape(run.title) for run in runs], rows)
     common = {name: values[:1] for name, values in known.items() if len(set(values)) == 1}
     other = {name: values for name, values in known.items() if name not in common}
-    names = "".join(f'<th scope="col">{name}</th>' for name in other)
-    rows = "\n".join(_row(html.escape(run.title), values) for run, *values in zip(runs, *other.values(), strict=True))
-    shared = _table("", "\n".join(map(_row, common, common.values()))) if common else ""
-    details = _table(f"<thead><tr><td></td>{names}</tr></thead>", rows)
+    rows = [html_row(html.escape(run.title), values) for run, *values in zip(runs, *other.values(), strict=True)]
+    shared = html_table((), map(html_row, common, common.values())) if common else ""
+    details = html_table(other, rows)
     return f"{shared}\n<details>\n<summary>Facts of each run</summary>\n{details}\n</details>"
 
 
 def _shared(name: str, values: Sequence[str]) -> str:
     """Return the row of a fact that is the same for all runs, in one cell."""
     return f'<tr><th scope="row">{name}</th><td colspan="{len(values)}">{values[0]}</td></tr>'
-
-
-def _row(name: str, cells: Sequence[str]) -> str:
-    return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-
-
-def _table(head: str, rows: str) -> str:
-    return f'<div class="run-facts"><table>\n{head}\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
 def _when(run: ReportedRun) -> str:
@@ -68,7 +58,7 @@ def _device(run: ReportedRun) -> str:
 
 def _options(run: ReportedRun) -> str:
     if not run.history.about:
-        return "unknown: an earlier release wrote the files"
+        return "unknown"
     options = [html.escape(f"{name} = {value}") for name, value in _named(run, "options").items()]
     return "<br>".join(options) or "all at their defaults"
 

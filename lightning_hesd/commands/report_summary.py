@@ -8,9 +8,21 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.report_facts import facts_html
-from lightning_hesd.commands.reported_run import MANY, ReportedRun, date, listed, paragraph, place, plural, typeset
+from lightning_hesd.commands.reported_run import (
+    MANY,
+    ReportedRun,
+    date,
+    html_row,
+    html_table,
+    paragraph,
+    place,
+    plural,
+    typeset,
+)
+from lightning_hesd.spectra.analysis_lines import listed, type_text
 from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.glossary import GLOSSARY
+from lightning_hesd.spectra.validation import first_line
 from lightning_hesd.training.run_facts import version_of
 
 if TYPE_CHECKING:
@@ -52,7 +64,6 @@ def summary_html(runs: Sequence[ReportedRun], left_out: Sequence[str] = ()) -> s
 def _overview(runs: Sequence[ReportedRun]) -> str:
     """Return a table with a row for each run: its last spectrum, its findings, and its picks."""
     names = ("analyses", "last spectrum", "C_t", "type", "λ_max", "loss", "findings", "picks")
-    head = "".join(f'<th scope="col">{typeset(name)}</th>' for name in names)
     rows = []
     for run in runs:
         record = next((record for record in reversed(run.history) if record.spectrum is not None), None)
@@ -60,24 +71,18 @@ def _overview(runs: Sequence[ReportedRun]) -> str:
         rules = [rule for rule in _shown_rules(run.payload["rules"]) if rule["pick"]]
         picks = "; ".join(f"{rule['title']}: epoch {rule['pick']['epoch']}" for rule in rules) or "none"
         cells = [str(len(run.history)), *_last_spectrum(record), found, picks]
-        texts = "".join(f"<td>{typeset(cell)}</td>" for cell in cells)
-        rows.append(f'<tr><th scope="row">{html.escape(run.title)}</th>{texts}</tr>')
-    body = "\n".join(rows)
-    head = f"<thead><tr><td></td>{head}</tr></thead>"
-    return f'<div class="run-facts overview"><table>\n{head}\n<tbody>\n{body}\n</tbody></table></div>'
+        rows.append(html_row(html.escape(run.title), map(typeset, cells)))
+    return html_table(map(typeset, names), rows, " overview")
 
 
 def _last_spectrum(record: SpectrumRecord | None) -> list[str]:
     """Return the cells of a record: its time, C_t with its interval, type, λ_max and loss."""
     if record is None or (spectrum := record.spectrum) is None:
         return ["all analyses failed", *[""] * 4]
-    defined = not math.isnan(spectrum.c_t)
-    c_t = (
-        f"{certain(spectrum.c_t, *spectrum.c_t_interval)} {interval(*spectrum.c_t_interval)}"
-        if defined
-        else "undefined"
-    )
-    kind = f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}" if defined else ""
+    c_t, kind = "undefined", ""
+    if not math.isnan(spectrum.c_t):
+        ends = spectrum.c_t_interval
+        c_t, kind = f"{certain(spectrum.c_t, *ends)} {interval(*ends)}", type_text(spectrum)
     return [place(record), c_t, kind, _lambda_max(spectrum), number(spectrum.loss, 3)]
 
 
@@ -102,8 +107,7 @@ def sentences(history: Sequence[SpectrumRecord]) -> list[str]:
     span = f"from {place(first)} to {place(last)}" if len(history) > 1 else f"at {place(first)}"
     found = [f"{plural(len(history), 'analysis', 'analyses')} {span}."]
     if failed := [record for record in history if record.error is not None]:
-        latest = next(iter((failed[-1].error or "").splitlines()), "")
-        found.append(f"{len(failed)} of them failed, the last with: {latest}")
+        found.append(f"{len(failed)} of them failed, the last with: {first_line(failed[-1].error)}")
     analyzed = [record for record in history if record.spectrum is not None]
     if not analyzed:
         return found

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.training.history import START_EPOCH
+from lightning_hesd.spectra.record import START_EPOCH
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
 
     from lightning_hesd.spectra.record import SpectrumRecord
@@ -49,11 +49,6 @@ def date(when: datetime) -> str:
     return f"{when.day} {when:%B %Y}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Return names with commas, and "and" before the last."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
 def plural(count: int, one: str, several: str) -> str:
     """Return a number with its noun."""
     return f"{count} {one if count == 1 else several}"
@@ -62,6 +57,22 @@ def plural(count: int, one: str, several: str) -> str:
 def paragraph(text: str) -> str:
     """Return a text as a paragraph of HTML."""
     return f"<p>{typeset(text)}</p>"
+
+
+def html_table(columns: Iterable[str], rows: Iterable[str], more: str = "") -> str:
+    """Return a table of HTML, given as HTML: with the titles of its columns, if any, beside the first, and rows.
+
+    `more` are further classes for its style.
+    """
+    titles = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    head = f"<thead><tr><td></td>{titles}</tr></thead>" if titles else ""
+    lines = "\n".join(rows)
+    return f'<div class="run-facts{more}"><table>\n{head}\n<tbody>\n{lines}\n</tbody></table></div>'
+
+
+def html_row(title: str, cells: Iterable[str]) -> str:
+    """Return a row of `html_table`."""
+    return f'<tr><th scope="row">{title}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def typeset(text: str) -> str:

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.errors import CommandError
-from lightning_hesd.commands.plot import draw
+from lightning_hesd.commands.plot import save_figure
+from lightning_hesd.plotting import plot_density
 from lightning_hesd.spectra.analysis_lines import WIDTH
 from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.codec import FIELDS, decode_record, encode_record, load, record_fields, save
-from lightning_hesd.spectra.files import atomic_write, damage_named
+from lightning_hesd.spectra.files import atomic_write, damage_named, save_text
 from lightning_hesd.spectra.rules import rule_short_title, rule_title
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
 from lightning_hesd.spectra.selection import candidates_of, picks, with_first_loss
@@ -98,8 +99,7 @@ class Results:
             save(content, target)
             if isinstance(content, Spectrum):
                 figure = self._folder / "figures" / f"{target.stem}.png"
-                figure.parent.mkdir(parents=True, exist_ok=True)
-                draw(content, name, figure)
+                save_figure(figure, plot_density, content, title=name)
             return target.name
 
         self._contents["checkpoints"][name] = {
@@ -125,19 +125,16 @@ class Results:
         return self._folder / "spectra" / f"{name}{FIELDS[field]}.npz"
 
     def _write(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_without_nan(self._contents), indent=1)
-        with atomic_write(self._folder / RESULTS) as partial:
-            partial.write_text(text, encoding="utf-8")
+        save_text(self._folder / RESULTS, json.dumps(_finite(self._contents), indent=1))
 
 
-def _without_nan(value: Any) -> Any:
-    """Return the value with None in place of NaN, which JSON does not know."""
+def _finite(value: Any) -> Any:
+    """Return the value with None in place of NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _identity(path: Path) -> dict[str, Any]:

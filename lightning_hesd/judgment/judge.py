@@ -82,8 +82,9 @@ def judge(
     values, notes = _values(runs, judged_by, metrics)
     if repeated:
         notes.append(f"Left out, as they repeat an earlier run: {_shortened(repeated)}.")
-    criteria = _checked_criteria(runs, val_loss, val_metric)
-    settings = PickSettings(judged_by, candidates, _with_baselines(rules), *criteria)
+    _check_logged(runs, {"val_loss": val_loss, "val_metric": val_metric})
+    picked_by = None if val_metric is None else Metric.of(val_metric, None)
+    settings = PickSettings(judged_by, candidates, _with_baselines(rules), val_loss, picked_by)
     return _judgment(runs, values, settings, level, notes)
 
 
@@ -198,21 +199,18 @@ def _values(
     return {name: logged_values(run.states, metric.name) for name, run in runs.items()}, []
 
 
-def _checked_criteria(
-    runs: Mapping[str, Run], val_loss: str | None, val_metric: str | None
-) -> tuple[str | None, Metric | None]:
-    """Return what baselines go by: `val_loss` and `val_metric` of the settings.
+def _check_logged(runs: Mapping[str, Run], arguments: Mapping[str, str | None]) -> None:
+    """Check the names of logged metrics, by argument; None: there is none.
 
     Raises:
-        ValueError: If a name is not that of a logged metric.
+        ValueError: If no record has such a metric.
     """
     names = logged_names(state for run in runs.values() for state in run.states)
-    for argument, given in (("val_loss", val_loss), ("val_metric", val_metric)):
+    for argument, given in arguments.items():
         if given is not None and given not in names:
             found = ", ".join(names) or "no metrics"
             msg = f"`{argument}`: no record of these runs has the metric {given!r}: they have {found}."
             raise ValueError(msg)
-    return val_loss, None if val_metric is None else Metric.of(val_metric, None)
 
 
 def _notes(runs: Mapping[str, Run], picked: Sequence[RunPicks], settings: PickSettings) -> list[str]:

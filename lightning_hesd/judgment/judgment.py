@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +13,14 @@ from lightning_hesd.judgment.candidates import LAST
 from lightning_hesd.judgment.outcomes import Outcomes
 from lightning_hesd.judgment.tables import as_csv, summary, tables, without_nan
 from lightning_hesd.judgment.verdict import baselines_verdict, verdict
-from lightning_hesd.spectra.files import atomic_write
+from lightning_hesd.spectra.analysis_lines import WIDTH
+from lightning_hesd.spectra.files import save_text
 
 if TYPE_CHECKING:
     import os
 
     import pandas as pd
     from matplotlib.axes import Axes
-
-WIDTH = 80
-"""Columns of text in the terminal."""
 
 
 class Judgment(Outcomes):
@@ -118,15 +115,15 @@ class Judgment(Outcomes):
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write `rows` as CSV, with empty cells for numbers that are absent."""
-        _write(path, as_csv(self.rows))
+        save_text(path, as_csv(self.rows))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON."""
-        _write(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        save_text(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def to_markdown(self, path: str | os.PathLike[str]) -> None:
         """Write `markdown()`."""
-        _write(path, self.markdown())
+        save_text(path, self.markdown())
 
     def plot(self, ax: Axes | None = None, against: str = LAST) -> Axes:
         """Draw the gain of each rule and baseline over another baseline, with its interval and the gains of all runs.
@@ -156,10 +153,3 @@ class Judgment(Outcomes):
             f"(bars: {1 - self.level:.0%} intervals; marks: runs)",
             ax=ax,
         )
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as partial:
-        partial.write_text(text, encoding="utf-8")

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     History: TypeAlias = Sequence[SpectrumRecord] | str | os.PathLike[str]
     Histories: TypeAlias = Mapping[str, History] | Iterable[History] | History
 
-INDEX = "index.json"
-
 EXPECTED = (
     "`histories` must be runs: SpectrumHistory objects, lists of records, or log directories, in a list or by name in "
     "a mapping; got {!r:.80}."
@@ -103,15 +101,16 @@ def _named(histories: Sequence[History], callback: str) -> dict[str, Run]:
 def run_folders(location: str | os.PathLike[str], callback: str) -> list[str]:
     """Return the log directories of the runs in a folder; the folder itself if there are none, or if it is remote."""
     from lightning_hesd.training.folders import exists, joined  # noqa: PLC0415 - imports Lightning
+    from lightning_hesd.training.history_folder import INDEX_NAME  # noqa: PLC0415
 
     if "://" in str(location):
         return [str(location)]
     folder = Path(location).resolve()
-    if exists(joined(folder, callback, INDEX)):
+    if exists(joined(folder, callback, INDEX_NAME)):
         return [str(folder)]
-    if exists(joined(folder, INDEX)):
+    if exists(joined(folder, INDEX_NAME)):
         return [str(folder.parent if folder.name == callback else folder)]
-    below = sorted((str(index.parents[1]) for index in folder.rglob(f"{callback}/{INDEX}")), key=_in_order)
+    below = sorted((str(index.parents[1]) for index in folder.rglob(f"{callback}/{INDEX_NAME}")), key=_in_order)
     return below or [str(folder)]  # to read it says what is missing
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_hesd.judgment.candidates import LAST, LOWEST_VALIDATION_LOSS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lightning_hesd.judgment.outcomes import Outcomes
+
+    Row = dict[str, Any]
 
 GAINS = {LAST: "over last", LOWEST_VALIDATION_LOSS: "over val loss"}
 """Names of the columns of gains of a single run."""
@@ -64,50 +66,30 @@ def summary(outcomes: Outcomes) -> Table:
         return _picks(outcomes)
     numbers, metric = outcomes.numbers, outcomes.metric
     header = ("", f"mean {metric.name}", "gain over last", f"{1 - outcomes.level:.0%} interval", "regret")
-    lines: list[tuple[str, ...]] = []
-    for row in _with_gap(outcomes):
-        if not row:
-            lines.append(())
-            continue
+
+    def cells(row: Row) -> tuple[str, ...]:
         gain, low, high = (row.get(f"{key}_over_{LAST}", math.nan) for key in ("gain", "low", "high"))
-        lines.append(
-            (
-                row["title"],
-                f"{row['mean']:.4g}",
-                numbers.difference(gain),
-                numbers.interval(low, high),
-                numbers.value(row["regret"]),
-            )
-        )
+        return f"{row['mean']:.4g}", numbers.difference(gain), numbers.interval(low, high)
+
     unit = f"; differences in{numbers.unit}" if numbers.unit else ""
-    return Table(f"{metric.name}: picks of {len(outcomes.runs)} runs{unit}", header, tuple(lines))
+    return Table(f"{metric.name}: picks of {len(outcomes.runs)} runs{unit}", header, _lines(outcomes, cells))
 
 
 def _comparison(outcomes: Outcomes, against: str) -> Table:
     """Return the table of the comparison with one baseline."""
     numbers, metric = outcomes.numbers, outcomes.metric
     header = ("", "gain", f"{1 - outcomes.level:.0%} interval", "won/tied/lost", "p", "regret")
-    lines: list[tuple[str, ...]] = []
-    for row in _with_gap(outcomes):
-        if not row:
-            lines.append(())
-            continue
+
+    def cells(row: Row) -> tuple[str, ...]:
         gain, low, high, p_value, wins, ties, losses = (
             row[f"{key}_over_{against}"] for key in ("gain", "low", "high", "p_value", "wins", "ties", "losses")
         )
-        lines.append(
-            (
-                row["title"],
-                numbers.difference(gain),
-                numbers.interval(low, high),
-                "" if wins is None else f"{wins}/{ties}/{losses}",
-                _probability(p_value),
-                numbers.value(row["regret"]),
-            )
-        )
+        won = "" if wins is None else f"{wins}/{ties}/{losses}"
+        return numbers.difference(gain), numbers.interval(low, high), won, _probability(p_value)
+
     unit = f", in{numbers.unit}" if numbers.unit else ""
     title = f"{metric.name}: gain over the {outcomes.titles[against]}, mean of {len(outcomes.runs)} runs{unit}"
-    return Table(title, header, tuple(lines))
+    return Table(title, header, _lines(outcomes, cells))
 
 
 def _picks(outcomes: Outcomes) -> Table:
@@ -115,34 +97,24 @@ def _picks(outcomes: Outcomes) -> Table:
     numbers, metric, [run] = outcomes.numbers, outcomes.metric, outcomes.runs
     gains = [GAINS[against] for against in outcomes.comparisons]
     header = ("", "epoch", "step", metric.name, *gains, "regret")
-    lines: list[tuple[str, ...]] = []
-    for row in _with_gap(outcomes):
-        if not row:
-            lines.append(())
-            continue
+
+    def cells(row: Row) -> tuple[str, ...]:
         pick = run.picks[row["name"]]
-        lines.append(
-            (
-                row["title"],
-                "" if pick.epoch is None else str(pick.epoch),
-                "" if pick.global_step is None else str(pick.global_step),
-                f"{pick.value:.4g}",
-                *(
-                    numbers.difference(float(outcomes.gains(row["name"], against)[0]))
-                    for against in outcomes.comparisons
-                ),
-                numbers.value(row["regret"]),
-            )
-        )
+        place = ("" if number is None else str(number) for number in (pick.epoch, pick.global_step))
+        over = (numbers.difference(float(outcomes.gains(row["name"], other)[0])) for other in outcomes.comparisons)
+        return *place, f"{pick.value:.4g}", *over
+
     unit = f"; differences in{numbers.unit}" if numbers.unit else ""
-    return Table(f"{metric.name}: picks of the run {run.run}{unit}", header, tuple(lines))
+    return Table(f"{metric.name}: picks of the run {run.run}{unit}", header, _lines(outcomes, cells))
 
 
-def _with_gap(outcomes: Outcomes) -> list[dict[str, Any]]:
-    """Return the rows with an empty one between rules and baselines."""
-    rules = [row for row in outcomes.rows if row["kind"] == "rule"]
-    baselines = [row for row in outcomes.rows if row["kind"] == "baseline"]
-    return [*rules, {}, *baselines] if rules else baselines
+def _lines(outcomes: Outcomes, cells: Callable[[Row], tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Return a line of each rule and baseline, with an empty one between: its title, its `cells`, and its regret."""
+    of_kind: dict[str, list[tuple[str, ...]]] = {"rule": [], "baseline": []}
+    for row in outcomes.rows:
+        of_kind[row["kind"]].append((row["title"], *cells(row), outcomes.numbers.value(row["regret"])))
+    gap = [()] if of_kind["rule"] else []
+    return (*of_kind["rule"], *gap, *of_kind["baseline"])
 
 
 def _probability(value: float) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from lightning_hesd.judgment.candidates import LAST
 from lightning_hesd.judgment.statistics import runs_needed
+from lightning_hesd.spectra.analysis_lines import listed
 from lightning_hesd.spectra.rules import rule_title
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def verdict(outcomes: Outcomes, against: str = LAST) -> str:
     def named(places: Sequence[int]) -> str:
         shown = [f"{_title(outcomes, against, place)} ({_gain(outcomes, against, place)})" for place in places]
         more = [f"{len(shown) - MAX_NAMED} more"] if len(shown) > MAX_NAMED else []
-        return _listed([*shown[:MAX_NAMED], *more])
+        return listed([*shown[:MAX_NAMED], *more])
 
     best = _best(outcomes, against, ranked[0])
     needed = runs_needed(outcomes.level)
@@ -94,7 +95,3 @@ def _best(outcomes: Outcomes, against: str, place: int) -> str:
         return f"the best of them, {title}, is exactly as good"
     words = f"the largest gain, {title}, is" if found.means[place] > 0 else f"the best of them, {title}, is at"
     return f"{words} {_gain(outcomes, against, place)}"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

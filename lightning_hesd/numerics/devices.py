@@ -1,7 +1,8 @@
-"""Differences between devices: floating-point dtypes and random number generators."""
+"""Differences between devices: floating-point dtypes, random number generators and cached memory."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ def accelerators() -> list[Any]:
     own: Any = torch._C  # noqa: SLF001
     modules = [getattr(torch, name, None) for name in (*_KINDS, own._get_privateuse1_backend_name())]  # noqa: SLF001
     return [module for module in modules if module is not None and _is_in_use(module)]
+
+
+def release_memory() -> None:
+    """Free the memory of a failed analysis, so that training has as much as before."""
+    gc.collect()
+    for module in accelerators():
+        if hasattr(module, "empty_cache"):
+            module.empty_cache()
 
 
 def _is_in_use(module: Any) -> bool:

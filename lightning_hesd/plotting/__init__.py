@@ -19,6 +19,7 @@ from lightning_hesd.plotting.style import (
     SMOOTHING,
     new_axes,
     offscreen,
+    offscreen_figure,
     place_legend,
     settling_axes,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "layers_html",
     "new_axes",
     "offscreen",
+    "offscreen_figure",
     "place_legend",
     "plot_c_t",
     "plot_cumulative",

@@ -14,6 +14,7 @@ from lightning_hesd.plotting.style import (
     RunAxis,
     free_corner,
     linear_threshold,
+    mark_at_bottom,
     new_axes,
     set_signed_log,
     typeset,
@@ -41,9 +42,6 @@ PICK_COLORS = (POSITIVE, NEGATIVE, OTHER, "#CC79A7", "#E69F00")
 
 MAX_DEPTH = 100.0
 """Lower end of the axis: spectra far below -1 hardly differ."""
-
-BOTTOM = 0.035
-"""Height, as a share of that of the axes, of marks that have no value."""
 
 
 def plot_c_t(
@@ -78,9 +76,9 @@ def plot_c_t(
         _draw(ax, at, curve, style, label if len(curves) > 1 else "$C_t$ and its interval")
     if tolerance is not None:
         _mark_picks(ax, axis, history, None if tolerance == "auto" else tolerance)
-    _mark(ax, at[[record.spectrum is None for record in history]], "x", "failed")
+    mark_at_bottom(ax, at[[record.spectrum is None for record in history]])
     undefined = [record.spectrum is not None and math.isnan(record.spectrum.c_t) for record in history]
-    _mark(ax, at[undefined], "d", "undefined")
+    mark_at_bottom(ax, at[undefined], "d", "undefined")
     axis.label_on(ax)
     ax.set_ylabel("$C_t$")
     ax.grid(visible=True, alpha=0.3)
@@ -168,13 +166,4 @@ def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tole
             [position], [_value(record.spectrum)], marker=rule.marker, zorder=4, linestyle="none",
             markersize=8 + 2 * place, color=PICK_COLORS[place % len(PICK_COLORS)],
             label=f"{typeset(rule.title)}: {axis.label} {axis.name(position)}", **style,
-        )  # fmt: skip
-
-
-def _mark(ax: Axes, at: Any, marker: str, label: str) -> None:
-    if len(at):
-        heights = np.full(len(at), BOTTOM)
-        ax.plot(
-            at, heights, marker, color=NEGATIVE, markersize=6, markeredgewidth=1.6, markerfacecolor="none",
-            transform=ax.get_xaxis_transform(), label=label,
         )  # fmt: skip

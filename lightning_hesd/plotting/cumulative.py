@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
+from lightning_hesd.plotting.decades import EDGE
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, linear_threshold, new_axes, set_signed_log
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ BOTTOM = 0.6
 
 PARTS = 8
 """Parts of a uniform piece of the distribution, in each of which the line is level."""
-
-EDGE = 10.0**0.15
-"""Factor by which the axis of thresholds exceeds the bounds of the spectrum."""
 
 
 def plot_cumulative(spectrum: Spectrum, ax: Axes | None = None, title: str = "") -> Axes:

@@ -25,7 +25,7 @@ SMOOTHING = 0.06
 """Standard deviation in decades."""
 
 EDGE = 10.0**0.15
-"""Factor by which the axis exceeds the extremes."""
+"""Factor by which an axis of eigenvalues exceeds the extremes, or the bounds on them."""
 
 MIN_SHARE_OF_ONE = 0.05
 """Least density that is drawn, relative to that of a single eigenvalue."""

@@ -10,13 +10,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from lightning_hesd.plotting.decades import density_per_decade, faintest, set_decades
-from lightning_hesd.plotting.style import (
-    COLORS,
-    NEGATIVE,
-    POSITIVE,
-    SMOOTHING,
-    new_axes,
-)
+from lightning_hesd.plotting.style import COLORS, NEGATIVE, POSITIVE, SMOOTHING, new_axes
 from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.quadrature import legible_sigma
 

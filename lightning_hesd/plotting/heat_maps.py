@@ -12,13 +12,7 @@ from matplotlib.colors import FuncNorm, LogNorm
 from matplotlib.patheffects import Normal, Stroke
 
 from lightning_hesd.plotting.decades import density_per_decade, faintest, set_decades
-from lightning_hesd.plotting.style import (
-    NEGATIVE,
-    POSITIVE,
-    RunAxis,
-    new_axes,
-    typeset,
-)
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, RunAxis, mark_at_bottom, new_axes, shortened, typeset
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.scalars import LAYER_SCALARS
 
@@ -80,20 +74,11 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
         line = [math.nan if s is None else getattr(s, f"lambda_{name}") for s in spectra]
         marker = "o" if len(at) <= 20 else ""
         ax.plot(at, line, color=color, linewidth=1.4, marker=marker, markersize=3, path_effects=outlined, label=label)
-    _mark_failed(ax, at[[s is None for s in spectra]])
+    mark_at_bottom(ax, at[[s is None for s in spectra]])
     axis.label_on(ax)
     ax.set_ylabel("Hessian eigenvalue" if present[0].matrix == "hessian" else f"eigenvalue, {present[0].matrix}")
     ax.legend(fontsize=8, framealpha=0.9, handlelength=1.4, loc="upper right", ncols=3, columnspacing=1.2)
     return ax
-
-
-def _mark_failed(ax: Axes, at: Array) -> None:
-    """Mark failed analyses at the bottom."""
-    if len(at):
-        ax.plot(
-            at, np.full(len(at), 0.035), "x", color=NEGATIVE, markersize=6, markeredgewidth=1.6,
-            transform=ax.get_xaxis_transform(), label="failed",
-        )  # fmt: skip
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -101,9 +86,6 @@ def _mark_failed(ax: Axes, at: Array) -> None:
 
 WIDE_RANGE = 20.0
 """Largest over smallest value from which on colors are logarithmic."""
-
-LONGEST = 28
-"""Largest number of characters of a layer's name."""
 
 UNDEFINED = "0.88"
 """Color of what has no value."""
@@ -124,8 +106,7 @@ def plot_layers(
 
     Args:
         history: The records, or epoch -> spectra by layer, as in `SpectrumRecord.layers`; the layers of the last one
-            are drawn. Epoch -1 is the start. Failed analyses are
-            marked in gray columns.
+            are drawn. Epoch -1 is the start. Failed analyses are marked in gray columns.
         quantity: A key of `LAYER_SCALARS`, such as "c_t" or "trace"; default: "lambda_max" where layers have spectra
             of their own, and "trace_share" where there is only what the spectrum of the network tells of them.
         ax: Axes to draw on; default: those of a new figure whose height fits the number of layers.
@@ -160,9 +141,9 @@ def plot_layers(
     )  # fmt: skip
     ax.set_facecolor(UNDEFINED)
     ax.invert_yaxis()
-    _mark_failed(ax, np.array(axis.positions)[[not indicators for indicators in found]])
+    mark_at_bottom(ax, np.array(axis.positions)[[not indicators for indicators in found]])
     prefix = common_prefix(names)
-    ax.set_yticks(range(len(names)), [_shortened(name.removeprefix(prefix)) for name in names], fontsize=8)
+    ax.set_yticks(range(len(names)), [shortened(name.removeprefix(prefix)) for name in names], fontsize=8)
     if prefix:
         ax.set_ylabel(f"layer of {prefix[:-1]}", fontsize=8)
     axis.label_on(ax)
@@ -200,10 +181,6 @@ def common_prefix(names: Sequence[str]) -> str:
     """
     shared = os.path.commonprefix([name.split(".")[:-1] for name in names])  # noqa: RUF071 - by parts
     return "".join(f"{part}." for part in shared) if len(names) > 1 else ""
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
 def _of_records(records: Sequence[SpectrumRecord]) -> tuple[RunAxis, list[dict[str, LayerIndicators]]]:

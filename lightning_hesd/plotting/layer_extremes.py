@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, linear_threshold, new_axes, set_signed_log
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, linear_threshold, new_axes, set_signed_log, shortened
+from lightning_hesd.spectra.analysis_lines import type_text
+from lightning_hesd.spectra.digits import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,9 +21,6 @@ EDGE = 10.0**0.2
 
 LINEAR_SHARE = 0.3
 """Least length of the linear part on either side of zero, as a share of the logarithmic one: room for labels."""
-
-LONGEST = 28
-"""Letters of a name; of a longer one the end is shown."""
 
 
 def plot_layer_extremes(layers: Mapping[str, Spectrum], ax: Axes | None = None) -> Axes:
@@ -56,8 +55,7 @@ def plot_layer_extremes(layers: Mapping[str, Spectrum], ax: Axes | None = None) 
     decades = math.log10(max(-low, high) / threshold)
     set_signed_log(ax, threshold, low, high, linear_part=max(1.0, LINEAR_SHARE * decades), which="x")
     ax.axvline(0, color="0.5", linewidth=0.6, zorder=0)
-    names = [name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}" for name in layers]
-    ax.set_yticks(range(len(layers)), names, fontsize=8)
+    ax.set_yticks(range(len(layers)), map(shortened, layers), fontsize=8)
     ax.set_ylim(len(layers) - 0.5, -0.5)
     right = ax.secondary_yaxis("right")
     right.set_yticks(range(len(layers)), [_c_t(spectrum) for spectrum in layers.values()], fontsize=8)
@@ -71,7 +69,4 @@ def plot_layer_extremes(layers: Mapping[str, Spectrum], ax: Axes | None = None) 
 
 def _c_t(spectrum: Spectrum) -> str:
     """Return C_t and the type; a question mark stands for a type that is uncertain."""
-    if spectrum.hesd_type is None:
-        return "undefined"
-    doubt = "" if spectrum.type_certain else "?"
-    return f"{spectrum.c_t:.2g}".replace("-", "\N{MINUS SIGN}") + f", {spectrum.hesd_type}{doubt}"
+    return "undefined" if spectrum.hesd_type is None else f"{number(spectrum.c_t, 2)}, {type_text(spectrum)}"

@@ -8,13 +8,12 @@ import io
 from typing import TYPE_CHECKING
 
 from lightning_hesd.plotting.density import plot_density
-from lightning_hesd.plotting.style import offscreen
+from lightning_hesd.plotting.style import offscreen_figure
+from lightning_hesd.spectra.analysis_lines import type_text
 from lightning_hesd.spectra.record import when
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    from matplotlib.figure import Figure
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.spectrum import Spectrum
@@ -22,14 +21,12 @@ if TYPE_CHECKING:
 
 
 def spectrum_html(spectrum: Spectrum) -> str:
-    """Return the main findings as a line of HTML, above a small figure of the density."""
+    """Return the main results as a line of HTML, above a small figure of the density."""
     line = _line(str(spectrum))
     if spectrum.verified == "no":
         return line
-    with offscreen():
-        figure: Figure = plot_density(spectrum).get_figure(root=True)  # type: ignore[assignment]
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100)
+    offscreen_figure(plot_density, spectrum).savefig(image, format="png", dpi=100)
     data = base64.b64encode(image.getvalue()).decode()
     return f"{line}\n<img style='max-width: 24em' alt='Density of the eigenvalues' src='data:image/png;base64,{data}'>"
 
@@ -59,9 +56,14 @@ def _layer_row(name: str, spectrum: Spectrum) -> tuple[str, ...]:
     if spectrum.reason is not None:
         return (*start, "undefined", spectrum.reason, "", "", "", "")
     low, high = spectrum.c_t_interval
-    kind = f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
     values = (spectrum.lambda_min, spectrum.lambda_max, spectrum.trace)
-    return (*start, f"{spectrum.c_t:.3g}", f"[{low:.3g}, {high:.3g}]", kind, *(f"{value:.3g}" for value in values))
+    return (
+        *start,
+        f"{spectrum.c_t:.3g}",
+        f"[{low:.3g}, {high:.3g}]",
+        type_text(spectrum),
+        *(f"{value:.3g}" for value in values),
+    )
 
 
 def record_html(record: SpectrumRecord) -> str:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from lightning_hesd.spectra.record import START_EPOCH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, NDArray
@@ -32,6 +32,12 @@ SMOOTHING = "0.6"
 
 COLORS = (POSITIVE, OTHER, NEGATIVE, "#CC79A7", "#E69F00", "#56B4E9", "0.15")
 """Colors of runs and spectra of one figure; more of them have the same colors with other marks or dashes."""
+
+LONGEST = 28
+"""Largest number of characters of a layer's name; of a longer one the end is shown."""
+
+BOTTOM = 0.035
+"""Height, as a share of that of the axes, of marks of analyses without a value."""
 
 SYMBOLS = {"λ": r"\lambda", "max": r"\max", "min": r"\min"}
 
@@ -51,6 +57,11 @@ def typeset(title: str) -> str:
     return re.sub(r"(\w+)_(\w+)", symbol, title)
 
 
+def shortened(name: str) -> str:
+    """Return the name of a layer, or its end."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+
+
 _is_offscreen: ContextVar[bool] = ContextVar("is_offscreen", default=False)
 
 
@@ -62,6 +73,13 @@ def offscreen() -> Iterator[None]:
         yield
     finally:
         _is_offscreen.reset(token)
+
+
+def offscreen_figure(draw: Callable[..., Axes], *arguments: object, **options: object) -> Figure:
+    """Return the figure that a function draws on axes of its own, for a file or a log."""
+    with offscreen():
+        figure: Figure = draw(*arguments, **options).get_figure(root=True)  # type: ignore[assignment]
+    return figure
 
 
 def new_axes(width: float = 4.6, height: float = 3.5, dpi: int = 160) -> Axes:
@@ -175,6 +193,15 @@ class RunAxis:
         ticks = self.ticks()
         ax.set_xticks(ticks, [self.name(tick) for tick in ticks])
         ax.set_xlabel(self.label)
+
+
+def mark_at_bottom(ax: Axes, at: NDArray[Any], marker: str = "x", label: str = "failed") -> None:
+    """Mark analyses without a value at their positions, shape (analyses,)."""
+    if len(at):
+        ax.plot(
+            at, np.full(len(at), BOTTOM), marker, color=NEGATIVE, markersize=6, markeredgewidth=1.6,
+            markerfacecolor="none", transform=ax.get_xaxis_transform(), label=label,
+        )  # fmt: skip
 
 
 # Logarithmic axes for both signs --------------------------------------------------------------------------------------

@@ -89,19 +89,19 @@ def fit_rate(curves: Iterable[Array], mean: Array) -> tuple[float, float]:
     return exponent, float(contributions.std(ddof=1)) / math.sqrt(len(contributions))
 
 
-def checked_values(name: str, values: ArrayLike) -> Array:
-    """Return per-sample values as float64, shape (N,).
+def checked_losses(losses: ArrayLike) -> Array:
+    """Return per-sample losses as float64, shape (N,).
 
     Raises:
         ValueError: If there are fewer than `MIN_VALUES`, or one is not finite.
     """
-    found: Array = np.asarray(values, dtype=np.float64)
+    found: Array = np.asarray(losses, dtype=np.float64)
     if found.ndim != 1 or len(found) < MIN_VALUES:
-        msg = f"`{name}` must have shape (N,) with N at least {MIN_VALUES}, got {found.shape}."
+        msg = f"`losses` must have shape (N,) with N at least {MIN_VALUES}, got {found.shape}."
         raise ValueError(msg)
     if not np.isfinite(found).all():
         position = int(np.argmin(np.isfinite(found)))
-        msg = f"`{name}` must be finite, got {found[position]} for sample {position}."
+        msg = f"`losses` must be finite, got {found[position]} for sample {position}."
         raise ValueError(msg)
     return found
 

@@ -183,7 +183,7 @@ def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confi
         (3, [0.707, 0.408])
     """
     _check(orders, seed, confidence)
-    values = increments.checked_values("losses", losses)[:, None]
+    values = increments.checked_losses(losses)[:, None]
 
     def curves() -> Iterable[Array]:
         return (np.abs(change[:, 0]) for change in increments.increments(values, orders, seed))

@@ -187,7 +187,7 @@ def _stabilization(
     moments: Array, displaced: Array, sigma: float, dimension: int, *, orders: int, seed: int
 ) -> SubspaceStabilization:
     """Average over random orders: `moments`, shape (N, 1 + D + D²), and losses at displaced weights, (N, draws)."""
-    increments.checked_values("losses", displaced[:, 0])
+    increments.checked_losses(displaced[:, 0])
     draws = displaced.shape[1]
 
     def squares(values: Array) -> Iterator[Array]:

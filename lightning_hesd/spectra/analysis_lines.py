@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.assessment import SHORT_CAVEAT
 from lightning_hesd.spectra.record import START_EPOCH
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
     from lightning_hesd.spectra.spectrum import Spectrum
@@ -19,7 +22,7 @@ WIDTH = 80
 
 def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
     """Return the main results of an analysis, a line for each spectrum, with its step if epochs have several."""
-    start = f"{name}: {when(record, by_step=by_step)}, "
+    start = f"{name}: {time_title(record, by_step=by_step)}, "
     lines = [
         result_line(f"{start}{suffix.removeprefix('_')} " if suffix else start, spectrum)
         for suffix, spectrum in record.spectra.items()
@@ -59,18 +62,19 @@ def type_text(spectrum: Spectrum) -> str:
     return f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
 
 
+def listed(parts: Sequence[str], word: str = "and") -> str:
+    """Return one or several texts with commas, and a word before the last."""
+    *others, last = parts
+    return f"{', '.join(others)} {word} {last}" if others else last
+
+
 def fitted(start: str, text: str) -> str:
     """Return a line of at most `WIDTH` columns; text beyond is left out at a space."""
     return start + textwrap.shorten(text, WIDTH - len(start), placeholder=" ...")
 
 
-def when(place: SpectrumRecord | Candidate, *, by_step: bool) -> str:
+def time_title(place: SpectrumRecord | Candidate, *, by_step: bool = False) -> str:
     """Return the epoch of an analysis, with its step if epochs have several."""
     if place.epoch == START_EPOCH:
         return "start"
     return f"epoch {place.epoch}, step {place.global_step}" if by_step else f"epoch {place.epoch}"
-
-
-def first_line(text: str | None) -> str:
-    """Return the first line of a text, or "" if there is none."""
-    return next(iter((text or "").splitlines()), "")

@@ -120,13 +120,13 @@ def assess_generalization(
             reasons.append(f"the spectrum on the {data} data is not verified: {spectrum.verification}")
     verdict: Verdict = "undecided" if applicable is None else "not applicable"
     if applicable:
-        findings = [
+        judged = [
             _judge("Δr_e", r_e, r_e_interval, delta_r_e_threshold, _no_delta_r_e(train, generalization)),
             _judge("ΔK_H05", k_h05, k_h05_interval, delta_k_h05_threshold, no_k_h05),
         ]
-        holds = [held for held, _ in findings]
+        holds = [held for held, _ in judged]
         verdict = "poor" if False in holds else "undecided" if None in holds else "good"
-        reasons += [reason for _, reason in findings]
+        reasons += [reason for _, reason in judged]
         if criteria.type_certain(generalization.c_t_interval, mp_threshold) and generalization.c_t <= mp_threshold:
             reasons.append(f"on the generalization data the spectrum turned MN (C_t = {generalization.c_t:.3g})")
     return Assessment(verdict, applicable, r_e, r_e_interval, k_h05, k_h05_interval, tuple(reasons))

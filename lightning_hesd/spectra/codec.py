@@ -71,12 +71,8 @@ def decode_record(row: Mapping[str, Any], load: Callable[[str, Any], Any]) -> Sp
         load: Function of the name of a field and the plain value in it; returns the spectrum, or the spectra of layers.
 
     Raises:
-        ValueError: If metrics, gradient statistics or the first loss are no numbers, or the spectra on training and on
-            generalization data cannot be compared.
+        ValueError: If the spectra on training and on generalization data cannot be compared.
     """
-    row = {"metrics": {}, "first_loss": None, "gradients": {}, **row}  # an earlier version had none of these
-    later = {**dict.fromkeys(("metrics", "gradients"), each_named(number)), "first_loss": optional(number)}
-    check_fields(row, later, "a record")
     contents: dict[str, Any] = {field: None if row[field] is None else load(field, row[field]) for field in FIELDS}
     record = SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **contents)
     if record.spectrum is not None and record.generalization is not None:
@@ -90,7 +86,8 @@ def record_fields(spectrum: Check, layers: Check) -> dict[str, Check]:
         "epoch": integer,
         "global_step": integer,
         "error": optional(text),
-        "stability_threshold": optional(number),
+        **dict.fromkeys(("first_loss", "stability_threshold"), optional(number)),
+        **dict.fromkeys(("metrics", "gradients"), each_named(number)),
         **dict.fromkeys(SUFFIXES, optional(spectrum)),
         "layers": optional(layers),
     }
@@ -165,10 +162,9 @@ class Packing:
         Raises:
             ValueError: If it is damaged.
         """
-        given = [name for name in STORED_ARRAYS if name in values]  # an earlier version had fewer
-        positions = dict.fromkeys(given, lambda at: at_least(0)(at) and at < len(self.arrays))
+        positions = dict.fromkeys(STORED_ARRAYS, lambda at: at_least(0)(at) and at < len(self.arrays))
         check_fields(values, positions, "a spectrum")
-        return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in given}})
+        return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in STORED_ARRAYS}})
 
 
 def pack_records(records: Sequence[SpectrumRecord]) -> tuple[list[dict[str, Any]], Packing]:

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_hesd.spectra.analyzed_state import AnalyzedState
 from lightning_hesd.spectra.rules import RULES, rule_title
 from lightning_hesd.spectra.scalars import descriptions
-from lightning_hesd.spectra.selection import (
-    LOSS_SHARE,
-    Candidate,
-    CandidateFilter,
-    Ranking,
-    rank_by_loss,
-)
+from lightning_hesd.spectra.selection import LOSS_SHARE, Candidate, CandidateFilter, Ranking, rank_by_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -63,10 +57,11 @@ def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list
         records: Payloads of records.
         selections: Payloads of selection events; those of one callback in the order of training.
     """
-    by_callback: dict[str, list[Payload]] = {}
+    by_callback: dict[str, dict[int, Payload]] = {}
     for selection in selections:
-        by_callback.setdefault(selection["key"], []).append(selection)
-    found = [_of_callback(made) for made in by_callback.values()]
+        # A resumed run may rank the state that it begins with again.
+        by_callback.setdefault(selection["key"], {})[selection["global_step"]] = selection
+    found = [_of_callback(list(made.values())) for made in by_callback.values()]
     used = {decision["rule"] for decision in found}
     states = list(map(AnalyzedState.of_payload, records))
     # Of a rule without a callback, the decision that one with default settings would make.

@@ -49,6 +49,20 @@ def atomic_write(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)  # a full disk needs the space
 
 
+def save_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
+    """Write a text, and the folders that are to hold it; the file appears whole or not at all.
+
+    Args:
+        path: The file.
+        text: The text.
+        errors: What becomes of characters that are no text, as for `str.encode`.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as partial:
+        partial.write_text(text, encoding="utf-8", errors=errors)
+
+
 def save_archive(
     path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Mapping[str, NDArray[np.float64]]
 ) -> None:

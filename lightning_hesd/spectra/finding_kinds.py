@@ -16,6 +16,7 @@ from lightning_hesd.spectra.differences import STANDARD_ERRORS, are_comparable, 
 from lightning_hesd.spectra.record import START_EPOCH, UNTRAINED_DROP
 from lightning_hesd.spectra.selection import first_loss, loss_tolerance, rank_by_loss
 from lightning_hesd.spectra.spectrum import DEFAULT_TOLERANCE
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,7 +72,7 @@ def _failed(run: AnalyzedRun) -> Found | None:
     if not failed:
         return None
     record, error = failed[0]
-    reason = next(iter(error.splitlines()), "no message")
+    reason = first_line(error) or "no message"
     evidence = f"{share_of(failed, run.records)} failed, first {time_of(record)}: {reason.rstrip('.')}."
     return Found("Analyses failed", evidence, "certain", "Look the message up: page “When an analysis fails”.")
 
@@ -86,7 +87,7 @@ def _unverified(run: AnalyzedRun) -> Found | None:
     if not wrong and not doubtful:
         return None
     record, words = (wrong or doubtful)[0]
-    detail = f"first {time_of(record)}: {next(iter(words.splitlines()), '').rstrip('.')}."
+    detail = f"first {time_of(record)}: {first_line(words).rstrip('.')}."
     if wrong:
         evidence = f"{share_of(wrong, run.records)} found wrong products, {detail}"
         action = "Pass a `loss_fn`: see page “When an analysis fails”."

@@ -17,7 +17,7 @@ All of it takes the inner products of the basis vectors' elements in each layer,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,22 +72,15 @@ class LayerCurvature:
     @property
     def numbers(self) -> list[float]:
         """All numbers in the order of the fields, bounds as two each, for storage as a row of an array."""
-        plain = (self.dimension, self.trace, self.trace_error, self.trace_share, self.negative_share)
-        return [
-            *plain,
-            self.lambda_max_weight,
-            self.lambda_min_weight,
-            *self.lambda_max_bounds,
-            *self.lambda_min_bounds,
-            self.squared_norm,
-        ]
+        numbers: list[float] = np.hstack(astuple(self)).tolist()
+        return numbers
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[float]) -> LayerCurvature:
         """Return the curvature with these `numbers`."""
-        dimension, trace, error, share, negative, largest, smallest, *bounds = map(float, numbers)
+        dimension, trace, error, share, negative, largest, smallest, *bounds, norm = map(float, numbers)
         pairs = (bounds[0], bounds[1]), (bounds[2], bounds[3])
-        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs, *bounds[4:])
+        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs, norm)
 
 
 NUMBERS = 12

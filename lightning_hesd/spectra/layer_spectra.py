@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.spectra.spectrum import Spectrum, plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-def _plotting() -> Any:
-    """Return the package of figures. It is built on this one, and loaded when something is drawn."""
-    return importlib.import_module("lightning_hesd.plotting")
 
 
 class LayerSpectra(dict[str, Spectrum]):
@@ -27,7 +21,7 @@ class LayerSpectra(dict[str, Spectrum]):
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: a table with a row for each layer."""
-        found: str = _plotting().layers_html(self)
+        found: str = plotting().layers_html(self)
         return found
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -39,5 +33,5 @@ class LayerSpectra(dict[str, Spectrum]):
         Raises:
             ValueError: If no layer has eigenvalues.
         """
-        axes: Axes = _plotting().plot_layer_extremes(self, ax)
+        axes: Axes = plotting().plot_layer_extremes(self, ax)
         return axes

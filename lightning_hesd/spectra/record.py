@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.indicators import indicators_of_network, layer_indicators
+from lightning_hesd.spectra.spectrum import plotting
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,14 +91,13 @@ class SpectrumRecord:
     gradients: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Return the time and the main findings in one line."""
-        found = self.spectrum if self.error is None else f"failed: {self.error.splitlines()[0]}"
+        """Return the time and the main results in one line."""
+        found = self.spectrum if self.error is None else f"failed: {first_line(self.error)}"
         return f"<SpectrumRecord {when(self.epoch)}, step {self.global_step}: {found}>"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the results of the analysis, with a figure of the density."""
-        # The package of figures is built on this one, and loaded when something is drawn.
-        found: str = importlib.import_module("lightning_hesd.plotting").record_html(self)
+        found: str = plotting().record_html(self)
         return found
 
     @property

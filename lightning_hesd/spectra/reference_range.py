@@ -247,8 +247,7 @@ def _compared(values: Mapping[str, Interval], states: Sequence[ReferenceState]) 
     for key, ends in values.items():
         low, high = (float(f"{end:.3g}") for end in ends)  # as many digits as the table has, and as are shown
         found = range_of(states, key)
-        known = found is not None and not math.isnan(low)
-        answer: Answer = found.answer(low, high) if found is not None and known else "no comparison"
+        answer: Answer = "no comparison" if found is None or math.isnan(low) else found.answer(low, high)
         compared.append(ComparedQuantity(key, QUANTITIES[key].title, low, high, answer, found))
     return compared
 

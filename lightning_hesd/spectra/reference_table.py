@@ -54,10 +54,6 @@ class Quantity(NamedTuple):
     of: Callable[[Spectrum, float | None], Interval]
 
 
-def _c_t(spectrum: Spectrum, _: float | None) -> Interval:
-    return spectrum.c_t_interval
-
-
 def _relative_curvature(spectrum: Spectrum, start_loss: float | None) -> Interval:
     """Return λ_max·‖w‖²/L_start: the curvature in steps relative to the weights, relative to the loss at the start."""
     norm = spectrum.squared_weight_norm
@@ -99,7 +95,7 @@ def _largest_share(spectrum: Spectrum, _: float | None) -> Interval:
 
 
 QUANTITIES: dict[str, Quantity] = {
-    "c_t": Quantity("C_t", _c_t),
+    "c_t": Quantity("C_t", lambda spectrum, _: spectrum.c_t_interval),
     "relative_curvature": Quantity("λ_max·‖w‖²/loss at the start", _relative_curvature),
     "far_negative_share": Quantity("share of eigenvalues below −λ_max/100", _far_negative_share),
     "stable_rank": Quantity("stable rank Σλ²/λ_max²", _stable_rank),

@@ -26,7 +26,7 @@ SHARE_OF_SAMPLING_ERROR = 0.25
 """More accuracy than this share of the sampling error is of no use (tolerance "auto")."""
 
 
-def _plotting() -> Any:
+def plotting() -> Any:
     """Return the package of figures. It is built on this one, and loaded when something is drawn."""
     return importlib.import_module("lightning_hesd.plotting")
 
@@ -39,7 +39,7 @@ class Spectrum(SpectrumDensity):
     """
 
     def __str__(self) -> str:
-        """Return the main findings in one line."""
+        """Return the main results in one line."""
         if self.verified == "no":
             return f"no spectrum: {self.reason}"
         low, high = self.c_t_interval
@@ -52,12 +52,12 @@ class Spectrum(SpectrumDensity):
         )
 
     def __repr__(self) -> str:
-        """Return the main findings in one line: all fields would be thousands of numbers."""
+        """Return the main results in one line: all fields would be thousands of numbers."""
         return f"<Spectrum: {self}>"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the main findings and a figure."""
-        found: str = _plotting().spectrum_html(self)
+        """Return what a notebook shows: the main results and a figure."""
+        found: str = plotting().spectrum_html(self)
         return found
 
     def plot(
@@ -77,7 +77,7 @@ class Spectrum(SpectrumDensity):
             ValueError: If `kind` is unknown, or the spectrum lacks what it draws.
         """
         check_choice("kind", kind, ("density", "cumulative", "losses_along"))
-        draw: Callable[..., Axes] = getattr(_plotting(), f"plot_{kind}")
+        draw: Callable[..., Axes] = getattr(plotting(), f"plot_{kind}")
         return draw(self, ax, title)
 
     # Extremes and criteria ------------------------------------------------------------------------------------------
@@ -91,10 +91,8 @@ class Spectrum(SpectrumDensity):
     def _extremes(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Smallest and largest node over all probes, each with its Ritz residual."""
         low, high = quadrature.extreme_positions(self.nodes)
-        (low_node, low_residual), (high_node, high_residual) = (
-            (float(self.nodes[at]), float(self.residuals[at])) for at in (low, high)
-        )
-        return (low_node, low_residual), (high_node, high_residual)
+        nodes, residuals = self.nodes, self.residuals
+        return (float(nodes[low]), float(residuals[low])), (float(nodes[high]), float(residuals[high]))
 
     @property
     def lambda_min(self) -> float:

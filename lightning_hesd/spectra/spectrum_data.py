@@ -10,16 +10,7 @@ import numpy as np
 
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
 from lightning_hesd.spectra.layer_curvature import NUMBERS, LayerCurvature
-from lightning_hesd.spectra.validation import (
-    at_least,
-    check_fields,
-    each,
-    number,
-    of,
-    optional,
-    text,
-    within,
-)
+from lightning_hesd.spectra.validation import at_least, check_fields, each, number, of, optional, text, within
 
 if TYPE_CHECKING:
     import os
@@ -168,7 +159,7 @@ class SpectrumData:
             from the weights, ascending, and the losses there, shape (2, 2, points); no points if not asked for
             (`loss_along_eigenvectors`). Near t = 0 the losses are L + st + ½λt² with a slope s ≤ 0.
         architecture: Kind of the network by the kinds of its modules: "perceptron", "convolution", "attention",
-            "other", or "part" where some parameters are not analyzed; empty: unknown, as in earlier records.
+            "other", or "part" where some parameters are not analyzed; empty: unknown.
         by_layer: Curvature of each layer, by name, as it follows from this analysis of the whole matrix; empty without
             a Krylov basis, and for a layer's own spectrum.
     """
@@ -253,7 +244,7 @@ class SpectrumData:
         check_spectrum(values)
         plain = dict(values)
         names, numbers = plain.pop("layer_names", []), plain.pop("layer_numbers", np.empty((0, NUMBERS)))
-        if numbers.shape not in {(len(names), NUMBERS), (len(names), NUMBERS - 1)}:  # an earlier version had no norms
+        if numbers.shape != (len(names), NUMBERS):
             msg = f"`layer_numbers` must have shape ({len(names)} layers, {NUMBERS}), got {numbers.shape}"
             raise ValueError(msg)
         by_layer = {name: LayerCurvature.of_numbers(row) for name, row in zip(names, numbers, strict=True)}

@@ -49,9 +49,9 @@ class SpectrumDensity(SpectrumData):
 
     def moment(self, k: int) -> float:
         """Estimate of trace(Hᵏ)/n by quadrature, which is exact for the start vector up to degree 2·steps − 1."""
-        return (
-            math.nan if self.verified == "no" else float(quadrature.moments(self.nodes, self.density_weights, k).mean())
-        )
+        if self.verified == "no":
+            return math.nan
+        return float(quadrature.moments(self.nodes, self.density_weights, k).mean())
 
     @property
     def trace(self) -> float:

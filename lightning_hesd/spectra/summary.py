@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lightning_hesd.spectra.analysis_lines import WIDTH, first_line, fitted, type_text, when
+from lightning_hesd.spectra.analysis_lines import WIDTH, fitted, time_title, type_text
 from lightning_hesd.spectra.analyzed_state import analyzed_states
 from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.findings import findings
@@ -18,6 +18,7 @@ from lightning_hesd.spectra.rules import rule_short_title, rule_title
 from lightning_hesd.spectra.run_comparison import comparison_lines
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, as_factor, shown_in
 from lightning_hesd.spectra.selection import LOSS_SHARE, candidates_of, loss_tolerance, picks
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -118,7 +119,7 @@ def summarize(
     marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
     notes = [
         *(
-            f"{rule_title(rule)} would pick {when(record, by_step=by_step)} {of_drop}"
+            f"{rule_title(rule)} would pick {time_title(record, by_step=by_step)} {of_drop}"
             for rule, record in others.items()
         ),
         *_failures(history, by_step=by_step),
@@ -136,7 +137,7 @@ def _failures(history: Sequence[SpectrumRecord], *, by_step: bool) -> list[str]:
     failed: dict[str, list[str]] = {}
     for record in history:
         if record.error is not None:
-            failed.setdefault(first_line(record.error), []).append(when(record, by_step=by_step))
+            failed.setdefault(first_line(record.error), []).append(time_title(record, by_step=by_step))
     return [
         f"{first}{f' and {len(others)} more' if others else ''} failed: {words}"
         for words, (first, *others) in failed.items()
@@ -180,7 +181,7 @@ def _columns(
     *,
     by_step: bool,
 ) -> dict[str, list[str]]:
-    columns = {"epoch": [_epoch(record) for record in history]}
+    columns = {"epoch": ["start" if record.epoch == START_EPOCH else str(record.epoch) for record in history]}
     if by_step:
         columns["step"] = [str(record.global_step) for record in history]
     criterion = zip(*(criterion_cells(record.spectrum) for record in history), strict=True)
@@ -237,7 +238,3 @@ def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[t
             found.append((GAP, *[""] * (len(rows[0]) - 1)))
         found.append(rows[place])
     return found
-
-
-def _epoch(record: SpectrumRecord) -> str:
-    return "start" if record.epoch == START_EPOCH else str(record.epoch)

@@ -121,6 +121,11 @@ def one_line(error: BaseException) -> str:
     return said if len(said) <= MAX_MESSAGE_LENGTH else f"{said[:MAX_MESSAGE_LENGTH]} ..."
 
 
+def first_line(text: str | None) -> str:
+    """Return the first line of a text, or "" if there is none."""
+    return next(iter((text or "").splitlines()), "")
+
+
 def check_regular(path: Path) -> None:
     """Check that a path is no named pipe or device: opening a pipe would wait until another process writes to it.
 

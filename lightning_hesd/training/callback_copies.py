@@ -83,10 +83,10 @@ class CopiedCallback:
 
     def send_results(self, trainer: pl.Trainer) -> None:
         """Send the results of rank zero to the process that started the fit, if this one ends with the fit."""
-        add_result_of_fit(trainer, self._address, _Letter(self._address, self.state_dict()))
+        add_result_of_fit(trainer, self._address, _SentState(self._address, self.state_dict()))
 
 
-class _Letter:
+class _SentState:
     """A state that is delivered when it is unpickled."""
 
     def __init__(self, address: str, state: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_hesd.numerics.analysis.cost_model import Workload
+from lightning_hesd.spectra.analysis_lines import listed
 from lightning_hesd.spectra.scalars import as_factor
 from lightning_hesd.spectra.shorter_run import products_within
 from lightning_hesd.training.compat import messages
@@ -65,8 +66,9 @@ class CostNotice:
             return
         self._is_due = False
         per_analysis = source.schedule.training_per_analysis(trainer.max_epochs) * training_seconds / trained
+        length = trainer.max_epochs if source.schedule.by_epoch else trainer.max_steps
         with without_training_time(trainer):
-            text, overhead = cost_words(record, source.schedule, seconds, per_analysis)
+            text, overhead = cost_words(record, source.schedule, seconds, per_analysis, length)
         if overhead > WARNED:
             messages.warn(f"{source.name}: {text}")
         elif self._is_shown:
@@ -74,7 +76,11 @@ class CostNotice:
 
 
 def cost_words(
-    record: SpectrumRecord, schedule: Schedule, analysis_seconds: float, training_seconds: float
+    record: SpectrumRecord,
+    schedule: Schedule,
+    analysis_seconds: float,
+    training_seconds: float,
+    length: int | None = None,
 ) -> tuple[str, float]:
     """Return what analyses cost, in words, and the overhead: their time over the training time.
 
@@ -83,6 +89,7 @@ def cost_words(
         schedule: When to analyze.
         analysis_seconds: Duration of the analysis.
         training_seconds: Training time from one analysis to the next.
+        length: Epochs of the run, or optimizer steps if the schedule counts these; None or -1: unlimited.
     """
     overhead = analysis_seconds / training_seconds
     words = f"an analysis takes {analysis_seconds:.2g} s, and the training between two of them {training_seconds:.2g} s"
@@ -97,11 +104,11 @@ def cost_words(
     options = [
         *_fewer_products(record, record.spectrum, overhead),
         *_fewer_samples(record.spectrum, overhead),
-        *_fewer_analyses(schedule, overhead),
+        *_fewer_analyses(schedule, overhead, length),
     ]
     if limit is None and overhead > LIMIT:
         options.append(f"`max_overhead={LIMIT:g}` (at most {as_factor(LIMIT)}: it leaves out analyses)")
-    return f"{text} Less with {_either(options)}." if options else text, overhead
+    return f"{text} Less with {listed(options, 'or')}." if options else text, overhead
 
 
 def _fewer_products(record: SpectrumRecord, spectrum: Spectrum, overhead: float) -> list[str]:
@@ -127,15 +134,12 @@ def _fewer_samples(spectrum: Spectrum, overhead: float) -> list[str]:
     return [] if samples < LEAST_SAMPLES else [f"`num_samples={samples}` ({as_factor(overhead / FEWER)})"]
 
 
-def _fewer_analyses(schedule: Schedule, overhead: float) -> list[str]:
+def _fewer_analyses(schedule: Schedule, overhead: float, length: int | None) -> list[str]:
     if schedule.epochs is not None:
         return ["fewer `epochs`"]
     name, every = "every_n_epochs", schedule.every_n_epochs
     if schedule.every_n_train_steps is not None:
         name, every = "every_n_train_steps", schedule.every_n_train_steps
+    if length is not None and 0 <= length < FEWER * every:  # there would be no analysis
+        return []
     return [f"`{name}={FEWER * every}` ({as_factor(overhead / FEWER)})"]
-
-
-def _either(options: list[str]) -> str:
-    *others, last = options
-    return f"{', '.join(others)} or {last}" if others else last

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_hesd.numerics.krylov.vectors import inner_product
+from lightning_hesd.numerics.krylov.vectors import euclidean_norm, inner_product
 from lightning_hesd.training.compat.strategies import check_whole
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class GradientMonitor:
         enabled: Whether to compare at all.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self._every = 1
         self._raw: dict[Tensor, Tensor] = {}
@@ -144,7 +144,7 @@ class GradientMonitor:
         if not pairs:
             return
         raw, used, down = (torch.cat([part.flatten().float() for part in parts]) for parts in zip(*pairs, strict=True))
-        norms = [raw.norm(), used.norm(), down.norm(), (used - raw).norm()]
+        norms = [euclidean_norm(vector) for vector in (raw, used, down, used - raw)]
         self._rows.append(torch.stack([*norms, inner_product(raw, used), inner_product(raw, down)]))
 
     def restart(self) -> None:

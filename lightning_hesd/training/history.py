@@ -22,7 +22,7 @@ from lightning_hesd.spectra.codec import (
     unpack_records,
 )
 from lightning_hesd.spectra.findings import findings
-from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
+from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord
 from lightning_hesd.spectra.run_comparison import compare_run_with_reference
 from lightning_hesd.spectra.summary import summarize
 from lightning_hesd.spectra.tables import layers_table, records_table
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.findings import Finding
     from lightning_hesd.spectra.reference_range import ReferenceComparison
 
-__all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
+__all__ = ["SpectrumHistory", "SpectrumRecord"]
 
 
 def is_plain_tensor(value: Any) -> bool:
@@ -73,7 +73,7 @@ class SpectrumHistory(list[SpectrumRecord]):
     Attributes:
         about: Facts about the run that wrote the records last, as plain values: `started` and `written` (times in UTC),
             `versions` by package, `device`, and `options`, the arguments of the callback that are not its defaults.
-            Empty where they are unknown, as in files of earlier releases. Checkpoints do not have it.
+            Empty where no Trainer wrote the files. Checkpoints do not have it.
     """
 
     def __init__(self) -> None:
@@ -216,8 +216,8 @@ class SpectrumHistory(list[SpectrumRecord]):
         `c_t_low`, `c_t_high`, `lambda_max`, ..., `loss`, `seconds`. Those of other spectra begin with `gen_`, `pre_`,
         `ggn_` or `residual_`, and are there if some record has such a spectrum; so are `delta_r_e`, `delta_k_h05` and
         `verdict` (in words), and `stability_ratio`. `metric_<key>` are the metrics of the network that were logged for
-        the analyzed weights. `hesd_type` is "MP" or "MN". What is undefined, or was not found
-        because the analysis failed, is missing; `error` has what failed.
+        the analyzed weights. `hesd_type` is "MP" or "MN". What is undefined, or was not found because the analysis
+        failed, is missing; `error` has what failed.
 
         Raises:
             ImportError: If pandas is not installed.

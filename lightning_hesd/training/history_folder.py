@@ -64,7 +64,7 @@ class HistoryFolder:
             if name not in there:
                 write(self._location, name, partial(save, content))
             there[name] = content
-        index = {"format": FORMAT_VERSION, **({"about": about} if about else {}), "records": rows}
+        index = {"format": FORMAT_VERSION, "about": about, "records": rows}
         write_text(self._location, INDEX_NAME, json.dumps(index, indent=1))
 
 
@@ -109,7 +109,7 @@ def _is_same(first: Content | None, second: Content | None) -> bool:
 
 
 def read_index(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows of an index, and what is known about the run; nothing in those of earlier releases.
+    """Return the rows of an index, and what is known about the run.
 
     Raises:
         ValueError: If it is damaged, or was written by a newer version.
@@ -121,9 +121,8 @@ def read_index(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         version = version_in(index)
     check_version(version, str(path))
     with damage_named(path, kind):
-        about = index.get("about", {})
-        check_fields({"about": about}, {"about": of(dict)}, "the index")
-        return check_rows(index.get("records"), _names_a_file, _names_a_file), about
+        check_fields(index, {"about": of(dict)}, "the index")
+        return check_rows(index.get("records"), _names_a_file, _names_a_file), index["about"]
 
 
 def _names_a_file(value: object) -> bool:

@@ -106,7 +106,11 @@ class AnalyzedLoss:
     """The loss of an analysis over this rank's share of the batches, in any mode; the module has those of training.
 
     Attributes:
+        trainer: The Trainer.
+        module: The module.
+        batches: This rank's share of the batches.
         loss_fn: The user's loss; None: that of `training_step`.
+        options: Options of the analysis.
         evaluating: Makes the context of an evaluation.
     """
 

@@ -10,13 +10,13 @@ from lightning_hesd.spectra.analyzed_state import analyzed_states
 from lightning_hesd.spectra.criteria import quasi_singular
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, selection_payload, to_json
 from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
+from lightning_hesd.spectra.record import START_EPOCH, when
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.spectra.selection import loss_tolerance
 from lightning_hesd.training.compat import logged_metrics, messages, runs
 from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
 from lightning_hesd.training.gradient_monitor import likely_causes
-from lightning_hesd.training.history import START_EPOCH, when
 from lightning_hesd.training.loggers import make_outputs
 from lightning_hesd.training.run_facts import run_facts
 

@@ -167,9 +167,8 @@ def _rmsprop(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
 
 
 def _adagrad(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
-    decay = 1 + (float(_of(state, "step")) - 1) * float(
-        group["lr_decay"]
-    )  # of the learning rate, over all steps so far
+    steps_before = float(_of(state, "step")) - 1
+    decay = 1 + steps_before * float(group["lr_decay"])  # of the learning rate
     return (_of(state, "sum").sqrt() + float(group["eps"])) * max(decay, 1.0)
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
+from lightning_hesd.numerics.devices import release_memory
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
-from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
+from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training.analyzer import Analysis
 from lightning_hesd.training.compat.strategies import check_whole
-from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
 from lightning_hesd.training.terminal import analysis_bar
 

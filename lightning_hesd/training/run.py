@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_hesd.spectra.analysis_lines import analysis_lines
+from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.spectra.scalars import RUN_SCALARS, metric_prefixes
 from lightning_hesd.spectra.selection import first_loss
 from lightning_hesd.spectra.validation import check_fields, of, one_line
@@ -21,7 +22,6 @@ from lightning_hesd.training.compat import messages, runs, signals, strategies
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.cost_notice import CostNotice
 from lightning_hesd.training.fresh_metrics import FreshMetrics
-from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.outputs import RunOutputs
 from lightning_hesd.training.source import metric_names, sources_of, without_training_time

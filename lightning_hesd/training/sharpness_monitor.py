@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 
 from lightning_hesd.numerics.analysis.tracking import SEARCH_PRODUCTS, TRACKING_PRODUCTS, SharpnessTracker
+from lightning_hesd.numerics.devices import release_memory
 from lightning_hesd.numerics.inputs.options import AnalysisOptions, analysis_options
 from lightning_hesd.numerics.inputs.portable import Portable
-from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.spectra.validation import check_count, check_fields, number, of
 from lightning_hesd.training.analyzer import Analysis, TrainerAnalyzer
 from lightning_hesd.training.callback_copies import CopiedCallback

@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def paths(trained: Run) -> Paths:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The figures that `analyze` would have drawn in this process."""
     figures: list[Path] = []
-    monkeypatch.setattr(results, "draw", lambda spectrum, title, path: figures.append(path))
+    monkeypatch.setattr(results, "save_figure", lambda path, *_, **__: figures.append(path))
     return figures
 
 
@@ -162,6 +163,13 @@ def test_results_of_other_options_are_not_mixed(
     assert "results.json has results of another analysis (`" in said
     (tmp_path / "out" / "results.json").write_text("{")
     assert "results.json is damaged" in refused(capsys, "analyze", paths[0], *MODEL, *CPU, *out)
+
+
+def test_results_that_are_infinite_are_read_again(tmp_path: Path) -> None:
+    results.Results(tmp_path, {}).finish([{"c_t": -math.inf, "loss": math.nan, "epoch": 1}])
+    results.Results(tmp_path, {})
+    assert json.loads((tmp_path / "results.json").read_text())["table"] == [{"c_t": None, "loss": None, "epoch": 1}]
+    assert "-inf,nan,1" in (tmp_path / "results.csv").read_text()
 
 
 def test_a_configuration_of_lightning_cli_will_do(paths: Paths, tmp_path: Path) -> None:

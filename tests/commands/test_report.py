@@ -42,7 +42,7 @@ def history_of(*c_t: float, about: dict[str, Any] | None = None) -> SpectrumHist
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A folder with a run that has facts, a run of an earlier release, and one without records yet."""
+    """A folder with a run that has facts, a run that no Trainer wrote, and one without records yet."""
     history_of(-0.9, -0.3, -0.1, about=ABOUT).save(tmp_path / "net" / "version_0" / "hesd")
     history_of(-0.8, float("nan"), -0.2).save(tmp_path / "net" / "version_1" / "hesd")
     SpectrumHistory().save(tmp_path / "new" / "hesd")
@@ -114,7 +114,7 @@ def test_the_summary_says_what_was_found_and_how_it_was_made(runs: Path) -> None
         "30 November 2026, 09:58, to ",
         "unknown; files of ",
         "lightning_hesd 0.1.0, torch 2.13.0 unknown",
-        "steps = 8 layers = auto loss_fn = <b> unknown: an earlier release wrote the files",
+        "steps = 8 layers = auto loss_fn = <b> unknown",
         "samples 8 parameters 2 Lanczos steps 2",
     ):
         assert words in said, (words, said)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import accelerators, finest_dtype, in_float64
-from lightning_hesd.numerics.isolation.exact_mode import release_memory
+from lightning_hesd.numerics.devices import accelerators, finest_dtype, in_float64, release_memory
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
 

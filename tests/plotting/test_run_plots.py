@@ -10,9 +10,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, plot_c_t, plot_density_evolution, plot_layers, plot_scalar
-from lightning_hesd.plotting.c_t import BOTTOM
 from lightning_hesd.plotting.decades import MIN_SHARE_OF_ONE, SMOOTHING
-from lightning_hesd.plotting.style import RunAxis, linear_threshold
+from lightning_hesd.plotting.style import BOTTOM, RunAxis, linear_threshold
 from lightning_hesd.spectra.record import SpectrumRecord
 from tests.spectra.nodes import spectrum
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_hesd.sample_size.increments import check_orders, checked_values, fit_rate, increments, scale_of_sizes
+from lightning_hesd.sample_size.increments import check_orders, checked_losses, fit_rate, increments, scale_of_sizes
 
 
 def by_definition(ordered: np.ndarray) -> np.ndarray:
@@ -71,12 +71,9 @@ class TestFitRate:
 @pytest.mark.parametrize(
     ("check", "arguments", "message"),
     [
-        *(
-            (checked_values, ("losses", v), r"shape \(N,\) with N at least 3, got \(")
-            for v in ([1.0] * 2, [[1.0] * 3], 1.0)
-        ),
-        (checked_values, ("losses", [1.0, 2.0, math.nan]), "`losses` must be finite, got nan for sample 2"),
-        (checked_values, ("losses", [1.0, 2.0, math.inf]), "`losses` must be finite, got inf for sample 2"),
+        *((checked_losses, (v,), r"shape \(N,\) with N at least 3, got \(") for v in ([1.0] * 2, [[1.0] * 3], 1.0)),
+        (checked_losses, ([1.0, 2.0, math.nan],), "`losses` must be finite, got nan for sample 2"),
+        (checked_losses, ([1.0, 2.0, math.inf],), "`losses` must be finite, got inf for sample 2"),
         *((check_orders, (n, 0), "`orders` must be an integer of at least 2, got") for n in (1, 2.0, True, None)),
         *((check_orders, (2, seed), "`seed` must be a non-negative integer, got") for seed in (-1, 0.0, True, None)),
     ],

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from lightning_hesd import Spectrum
 from lightning_hesd.spectra.decisions import decisions
-from lightning_hesd.spectra.payload import record_payload
+from lightning_hesd.spectra.payload import record_payload, selection_payload
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.rules import RULES
-from lightning_hesd.spectra.selection import candidates_of, picks
+from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent, candidates_of, picks
 from tests.training.scripted import make_spectrum
 
 # Coarse values, so that ties are frequent; NaN is an undefined C_t, and no value a failed analysis.
@@ -65,6 +65,15 @@ def test_picks_are_those_of_the_definition_from_records_and_from_payloads(histor
     assert {name: rule["pick"] and rule["pick"]["epoch"] for name, rule in from_payloads.items()} == {
         name: expected[name].epoch if name in expected else None for name in SHOWN
     }
+
+
+def test_a_state_that_a_resumed_run_has_ranked_again_counts_once() -> None:
+    states = [Candidate(epoch, 10 + 10 * epoch, -0.5, -0.2, mainly_positive=True, path="") for epoch in range(2)]
+    condition = CandidateFilter(0.05, require_mp=True)
+    events = [SelectionEvent("highest_c_t", None, "min", condition, state, states[0]) for state in states]
+    found = decisions([], [selection_payload(event) for event in (*events, events[1])])[0]
+    assert found["near"] == [10, 20]
+    assert "2 of 2 analyzed states" in found["why"]
 
 
 def test_no_fallback_leaves_none_without_mp_spectra() -> None:

@@ -11,7 +11,7 @@ from lightning_hesd import SpectrumHistory, compare_with_reference
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.spectra import reference_range
 from lightning_hesd.spectra.analysis_lines import WIDTH
-from lightning_hesd.spectra.payload import record_payload, to_json
+from lightning_hesd.spectra.payload import to_json
 from lightning_hesd.spectra.payload_reading import PayloadError, read_payload
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.reference_range import LEAST_NETWORKS, range_of, similar
@@ -214,8 +214,6 @@ def test_terminal_payload_and_report_show_it(history: SpectrumHistory, tmp_path:
     assert read_payload(text)["reference"] == last["reference"]
     with pytest.raises(PayloadError, match="`reference`"):
         read_payload(text.replace('"among":', '"amid":'))
-    earlier = {key: value for key, value in record_payload(history[0]).items() if key != "reference"}
-    assert read_payload(to_json(earlier))["reference"] == {}
 
 
 def test_the_table_in_the_package() -> None:

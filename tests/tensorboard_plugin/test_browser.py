@@ -506,13 +506,11 @@ def test_findings_of_several_runs_and_callbacks_of_one_that_count_once(
     records = [SpectrumRecord(e, e + 1, make_spectrum(-0.3), metrics=found) for e, found in enumerate(metrics)]
     for name in ("hesd", "other"):
         write_payloads(tmp_path / "run", list(map(record_payload, records)), name=name)
-    good = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))
-    write_payloads(tmp_path / "healthy", [good])
-    write_payloads(tmp_path / "old", [{key: value for key, value in good.items() if key != "findings"}])
+    write_payloads(tmp_path / "healthy", [record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))])
     found = write_faulty(tmp_path)
     address = server.show(Tab(tmp_path))
     page.open_tab(address)
-    healthy = {f"{run}: no findings" for run in ("healthy", "old", "run (hesd)", "run (other)")}
+    healthy = {f"{run}: no findings" for run in ("healthy", "run (hesd)", "run (other)")}
     assert set(filter(None, page.text("#findings").splitlines())) == {"faulty: 2 findings", *healthy}
     assert not page.script("return document.querySelector('#findings details').open")
     page.click("#findings summary")
@@ -551,13 +549,11 @@ def odd(driver: Any, tmp_path: Path) -> Iterator[Page]:
         compared = compare_with_reference(found, start_loss=100.0, states=states)
         records.append(record_payload(SpectrumRecord(epoch, epoch, found), compared=compared))
     records.append(record_payload(faulty()[0]) | {"epoch": 3, "global_step": 3})
-    later = [SpectrumRecord(epoch, epoch, make_spectrum(-0.3)) for epoch in (4, 8)]
-    earlier, nothing = (record_payload(record, faulty().findings) for record in later)
+    nothing = record_payload(SpectrumRecord(8, 8, make_spectrum(-0.3)), faulty().findings)
     nothing["reference"] = compare_with_reference(make_spectrum(-0.3)).to_dict()
-    del earlier["spectra"]["spectrum"]["cumulative_band"]
     nothing["spectra"]["spectrum"] |= {"cumulative_band": None, "reason": "the products are wrong"}
     path = tmp_path / "report.html"
-    path.write_text(report({**run_payload(ODD, "hesd", [*records, earlier, nothing], [], []), "color": 0}))
+    path.write_text(report({**run_payload(ODD, "hesd", [*records, nothing], [], []), "color": 0}))
     page = Page(driver)
     page.keep("odd", lambda: page.open_report(path))
     yield page
@@ -565,7 +561,7 @@ def odd(driver: Any, tmp_path: Path) -> Iterator[Page]:
 
 
 def test_cards_say_why_they_are_empty_and_hostile_names_are_shown_as_they_are(odd: Page) -> None:
-    odd.slide(5, 8)
+    odd.slide(4, 8)
     assert odd.text("#cumulative") == "Nothing was computed: the products are wrong."
     assert odd.text("#reference").startswith("No comparison: it takes 10 networks of any kind of 1 to 20 parameters")
     odd.show_judgment()
@@ -573,9 +569,6 @@ def test_cards_say_why_they_are_empty_and_hostile_names_are_shown_as_they_are(od
     # Without a Krylov basis nothing is known of layers.
     assert odd.text("#layers").startswith('No layers were analyzed: pass layers="auto"')
     assert odd.script("return document.querySelectorAll('#detail-tools select').length") == 1
-    odd.slide(4, 4)
-    assert odd.text("#cumulative") == "An earlier release wrote this record, without numbers of eigenvalues."
-    assert odd.text("#reference") == "No comparison: an earlier release wrote this record."
     odd.slide(3, 3)
     assert odd.text("#reference") == "No comparison: the analysis failed."
     assert odd.text("#density") == odd.text("#cumulative") == odd.text("#along") == "This analysis failed."

@@ -348,9 +348,6 @@ def test_payloads_have_the_distribution() -> None:
     assert shown(found)["right"] == [0.25, 0.25, 0.25, 0.0]
     assert_refused(of_record, "has 4 nodes and 1 distances to the left", left=[0.0])
     assert_refused(of_record, "`left` of a spectrum is missing or", left="none")
-    for side in ("left", "right"):
-        del of_record["spectra"]["spectrum"][side]
-    assert read_payload(to_json(of_record)) == of_record  # of an earlier release: its nodes are points
 
 
 @pytest.mark.parametrize("probes", [1, 8])
@@ -370,13 +367,12 @@ def test_the_band_is_that_of_the_spectrum_or_wider_where_points_are_left_out(pro
         assert (least, most) == (pytest.approx(1000 * low), pytest.approx(1000 * high))
 
 
-def test_a_spectrum_of_an_earlier_release_has_no_band_and_a_damaged_one_is_refused() -> None:
-    earlier = payload(1)
-    band = earlier["spectra"]["spectrum"].pop("cumulative_band")
-    assert read_payload(to_json(earlier)) == earlier
+def test_a_damaged_band_is_refused_and_wrong_products_have_none() -> None:
+    good = payload(1)
+    band = good["spectra"]["spectrum"]["cumulative_band"]
     said = "`cumulative_band` of a spectrum is missing or"
-    assert_refused(earlier, said, cumulative_band={**band, "low": "none"})
-    assert_refused(earlier, "have several lengths", cumulative_band={**band, "low": band["low"][1:]})
+    assert_refused(good, said, cumulative_band={**band, "low": "none"})
+    assert_refused(good, "have several lengths", cumulative_band={**band, "low": band["low"][1:]})
     nothing = spectrum_of(0.0, verified="no", reason="the products are not those of the loss")
     assert shown(nothing)["cumulative_band"] is None
 
@@ -425,9 +421,6 @@ def test_layers_of_a_payload_are_checked() -> None:
     for layers in (["a"], *({**good["layers"], **wrong} for wrong in wrongs)):
         with pytest.raises(PayloadError, match="layers"):
             read_payload(to_json({**good, "layers": layers}))
-    of_earlier_releases = [{"name": "a", "trace": 1.0}, {"name": "b"}]
-    again = read_payload(to_json({**good, "layers": of_earlier_releases}))
-    assert again["layers"] == {"name": ["a", "b"], "trace": [1.0, None]}
 
 
 # Picks ----------------------------------------------------------------------------------------------------------------

@@ -306,7 +306,7 @@ def test_badges_say_what_is_unusual_and_why(page: Page, histories: Any) -> None:
     assert badges()["quasi-singular"] == f"{singular.evidence} {singular.action}"
     choose(page, 110)
     assert badges()["not verified"] == "kinks of the loss hide it"
-    undefined = {"spectra": {"spectrum": {"type": None, "reason": "no curvature"}}}
+    undefined = {"findings": [], "spectra": {"spectrum": {"type": None, "reason": "no curvature"}}}
     ask = "const [record] = arguments; return import('/data/plugin/hesd/state.js').then((m) => m.badgesOf(record))"
     found = page.script(ask, undefined)[0]
     assert (found["badge"], found["why"]) == ("no C_t", "no curvature")

@@ -121,12 +121,15 @@ def test_the_options_are_those_of_the_schedule(schedule: dict[str, Any], expecte
 
 
 def test_options_that_do_not_help_are_not_named() -> None:
-    """Few samples, a tolerance already, a second spectrum that needs fixed steps, and analyses that are cheap."""
+    """Few samples, a tolerance already, a second spectrum that needs fixed steps, a short run, and cheap analyses."""
     assert "num_samples=" not in words()
     plain = make_spectrum(-0.1)
     assert "`num_samples=128` (0.75×)" in words(replace(plain, num_samples=512))
     assert "tolerance" not in words(spectrum(0.3))
     assert "tolerance" not in words(generalization=plain)
+    for length, named in ((11, False), (12, True), (-1, True), (None, True)):
+        said = cost_notice.cost_words(SpectrumRecord(2, 30, plain), Schedule(every_n_epochs=3), 6.0, 2.0, length)[0]
+        assert ("`every_n_epochs=12`" in said) is named
     cheap, overhead = cost_notice.cost_words(SpectrumRecord(0, 10, plain), Schedule(), 0.5, 10.0)
     assert (cheap.endswith(f"{WORDS} 0.05× the training time."), overhead) == (True, 0.05)
 

@@ -53,16 +53,16 @@ def test_letters_find_the_original() -> None:
     assert in_another_process._address == original._address
     received: list[Any] = []
     original.take_results = received.append  # type: ignore[method-assign]
-    pickled(callback_copies._Letter(in_another_process._address, {"a": torch.ones(1)}))
+    pickled(callback_copies._SentState(in_another_process._address, {"a": torch.ones(1)}))
     assert received == [{"a": torch.ones(1)}]
-    assert pickled(callback_copies._Letter("unknown address", {})) is None
+    assert pickled(callback_copies._SentState("unknown address", {})) is None
 
 
 def test_letters_to_a_copy_reach_the_original_too() -> None:
     original = HessianSpectrumCallback()
     copied, trained = copy.deepcopy(original), copy.deepcopy(original)
     trained.history.append(SpectrumRecord(0, 1, None, error="failed"))
-    pickled(callback_copies._Letter(copied._address, trained.state_dict()))
+    pickled(callback_copies._SentState(copied._address, trained.state_dict()))
     assert [r.error for r in copied.history] == [r.error for r in original.history] == ["failed"]
 
 

@@ -226,7 +226,7 @@ def test_a_history_knows_how_it_was_made(run: Any) -> None:
     assert about == history.about
     assert about["started"] <= about["written"]
     assert set(about["versions"]) == {"lightning_hesd", "torch", "lightning", "python"}
-    assert about["versions"]["torch"] == str(torch.__version__)
+    assert torch.__version__.startswith(about["versions"]["torch"])  # which may add the name of a build
     assert about["device"] == "cpu"
     assert about["options"] == {"steps": 8, "num_samples": 48, "batch_size": 16}
 

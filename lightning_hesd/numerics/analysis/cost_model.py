@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lightning_hesd.numerics.analysis.ritz_vectors import POINTS
-from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW, VECTORS
+from lightning_hesd.numerics.operators.memory import COMPARED_SAMPLES, COMPARISON_VECTORS, DIFFERENCE_VECTORS, VECTORS
 from lightning_hesd.spectra.validation import check_count
 
 Strategy = Literal["graph", "recompute", "finite_difference"]
@@ -244,7 +244,7 @@ def _kept_samples(workload: Workload) -> int:
 def _comparison_memory(workload: Workload) -> float:
     kept = workload.local_samples if workload.strategy == "graph" else 0
     fine = 1 if workload.sharded else DOUBLE / workload.value_bytes  # sharded parameters stay in their precision
-    few = 2 * min(FEW, workload.batch_size) * workload.graph_bytes  # a graph, and a product
+    few = 2 * min(COMPARED_SAMPLES, workload.batch_size) * workload.graph_bytes  # a graph, and a product
     vector = workload.vector_bytes
     compared = max(COMPARISON_VECTORS * vector + few, DIFFERENCE_VECTORS * vector)
     return COPIES * vector + kept * workload.graph_bytes + fine * compared

@@ -14,7 +14,7 @@ from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import AnalysisOptions, MatrixName, StrategyName
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step, explain_non_finite
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
 from lightning_hesd.numerics.operators.losses_along import losses_along
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
@@ -174,11 +174,7 @@ class HessianOperator:
                     "before: leave the context, which puts these back, and change them outside."
                 )
                 raise RuntimeError(msg)
-            product = self._operator.matvec(vector)
-            if not bool(product.isfinite().all()):
-                error = explain_non_finite(self._operator, vector)
-                raise error
-            return product
+            return self._operator.finite_matvec(vector)
 
     def _checked(self, vector: Tensor) -> Tensor:
         """Return a vector on the device and in the dtype of the operator.

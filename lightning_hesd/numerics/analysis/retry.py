@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
-from lightning_hesd.numerics.isolation.exact_mode import release_memory
+from lightning_hesd.numerics.devices import release_memory
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 
 if TYPE_CHECKING:

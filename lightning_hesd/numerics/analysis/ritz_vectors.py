@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
-from lightning_hesd.numerics.operators.diagonal_block import explain_non_finite
 from lightning_hesd.numerics.operators.losses_along import losses_along
 from lightning_hesd.spectra.deflation import converged_nodes
 from lightning_hesd.spectra.layer_curvature import LayerCurvature, RestProbe, RitzPairs, layer_curvatures
@@ -85,11 +84,7 @@ def _rest_probe(operator: DiagonalBlock, run: Lanczos, known: Array, probe: Tens
         return np.array([sum(float(space.dot(first[own], second[own])) for own in layer) for layer in ranges])
 
     probe = run.without(known, probe)
-    product = operator.matvec(probe)
-    if not space.is_finite(product):
-        error = explain_non_finite(operator, probe)
-        raise error
-    product = run.without(known, product)
+    product = run.without(known, operator.finite_matvec(probe))
     scale = (operator.dimension - known.shape[1]) / float(space.norm(probe)) ** 2
     return RestProbe(scale * products(probe, product), scale * products(product, product))
 

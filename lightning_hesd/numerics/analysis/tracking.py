@@ -10,11 +10,12 @@ import torch
 from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.parameters import inverse_root, select_parameters
 from lightning_hesd.numerics.krylov.rayleigh_ritz import RitzSubspace
+from lightning_hesd.numerics.krylov.vectors import euclidean_norm, inner_product
 from lightning_hesd.numerics.operators.curvature import gradient
-from lightning_hesd.numerics.operators.diagonal_block import choose_difference_step, explain_non_finite
+from lightning_hesd.numerics.operators.diagonal_block import choose_difference_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
     from typing_extensions import Unpack
@@ -88,8 +89,7 @@ class SharpnessTracker:
     ) -> TrackedSharpness:
         """Return the sharpness at the present weights, which must not be sharded.
 
-        `preconditioner` is the diagonal D by parameter, and other arguments as for
-        `engine.analyze`.
+        `preconditioner` is the diagonal D by parameter, and other arguments are as for `engine.analyze`.
 
         Raises:
             ArithmeticError: If the loss, its gradient or a product is NaN or infinite.
@@ -98,10 +98,10 @@ class SharpnessTracker:
         parameters = list(select_parameters(module, options).values())
         with opened_operators(module, batches, loss_fn, options, [parameters], **circumstances) as ([operator], _):
             choose_difference_step([operator])
-            matvec = _checked_matvec(operator)
-            subspace = RitzSubspace(matvec, inverse_root(module, parameters, preconditioner, operator.risk.dtype))
+            scale = inverse_root(module, parameters, preconditioner, operator.risk.dtype)
+            subspace = RitzSubspace(operator.finite_matvec, scale)
             slope = _unit_gradient(operator)
-            product = None if slope is None else matvec(slope)
+            product = None if slope is None else operator.finite_matvec(slope)
             known = [v.to(operator.risk.device, operator.risk.dtype) for v in self._vectors if len(v) == operator.size]
             budget, tolerance = TRACKING_PRODUCTS, TRACKING_TOLERANCE
             if self._searches or not known:
@@ -119,7 +119,7 @@ class SharpnessTracker:
         return TrackedSharpness(
             lambda_max=pairs[0].value,
             preconditioned=pairs[1].value if len(pairs) > 1 else None,
-            batch_sharpness=None if slope is None or product is None else float(torch.dot(slope, product)),
+            batch_sharpness=None if slope is None or product is None else float(inner_product(slope, product)),
             products=subspace.products + (slope is not None),
         )
 
@@ -144,18 +144,5 @@ def _unit_gradient(operator: DiagonalBlock) -> Tensor | None:
     if not bool(total.isfinite().all()):
         msg = "the gradient of the loss is NaN or infinite, though the loss is finite."
         raise ArithmeticError(msg)
-    length = torch.linalg.vector_norm(total)
+    length = euclidean_norm(total)
     return total / length if length > 0 else None
-
-
-def _checked_matvec(operator: DiagonalBlock) -> Callable[[Tensor], Tensor]:
-    """Return the product with a vector, shape (n,), that raises an ArithmeticError if it is NaN or infinite."""
-
-    def matvec(vector: Tensor) -> Tensor:
-        product = operator.matvec(vector)
-        if not bool(product.isfinite().all()):
-            error = explain_non_finite(operator, vector)
-            raise error
-        return product
-
-    return matvec

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from lightning_hesd.numerics.isolation.attributes import slot_names
+from lightning_hesd.numerics.isolation.attributes import attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,10 +45,10 @@ def cut(batch: Any, size: int, ranges: Sequence[slice]) -> list[Any]:
     Raises:
         UnsplittableBatchError: If no value belongs to the samples, or it is not clear which do.
     """
-    return [_Knife(batch, size, chosen).part() for chosen in ranges]
+    return [_Cutter(batch, size, chosen).part() for chosen in ranges]
 
 
-class _Knife:
+class _Cutter:
     """Cuts the samples of one range out of a batch."""
 
     def __init__(self, batch: Any, size: int, chosen: slice) -> None:
@@ -154,10 +154,3 @@ class _Knife:
         for name, value in attributes(part).items():
             if name not in but:
                 object.__setattr__(part, name, self._part(value))
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, including those in slots."""
-    kind: Any = type(value)
-    found = {name: getattr(value, name) for name in slot_names(kind) if hasattr(value, name)}
-    return {**found, **getattr(value, "__dict__", {})}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_hesd.numerics.inputs.cuts import attributes
+from lightning_hesd.numerics.isolation.attributes import attributes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,10 @@ def count_samples(batch: Any, made_from: int | None = None) -> tuple[float, str 
 
 def _count(batch: Any, lengths: Sequence[int | None]) -> tuple[float, str | None]:
     if not lengths:
-        msg = f"cannot tell the number of samples of a batch of type {type(batch).__name__}: pass `batch_weight`."
+        msg = (
+            f"cannot tell the number of samples of a batch of type {type(batch).__name__}, which holds no tensor: pass "
+            "`batch_weight`, a function batch -> number of samples."
+        )
         raise ValueError(msg)
     known = [length for length in lengths if length is not None] or [1]
     if (stated := _stated_size(batch, known)) is not None:

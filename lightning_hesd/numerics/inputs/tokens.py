@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
-from lightning_hesd.numerics.inputs.cuts import attributes
+from lightning_hesd.numerics.isolation.attributes import attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

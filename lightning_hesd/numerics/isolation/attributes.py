@@ -1,4 +1,4 @@
-"""The attributes of objects and classes: compared by identity, restored in place."""
+"""The attributes of objects and classes: read, compared by identity, restored in place."""
 
 from __future__ import annotations
 
@@ -176,3 +176,10 @@ def slot_names(cls: Any) -> Sequence[str]:
             is_private = name.startswith("__") and not name.endswith("__")
             names.append(f"_{c.__name__.lstrip('_')}{name}" if is_private else name)
     return tuple(name for name in names if name not in {"__dict__", "__weakref__"})
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object by name, including those in slots."""
+    kind: Any = type(value)
+    found = {name: getattr(value, name) for name in slot_names(kind) if hasattr(value, name)}
+    return {**found, **getattr(value, "__dict__", {})}

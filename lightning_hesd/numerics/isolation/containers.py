@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 LARGE_CONTAINER = 1000
 """Number of items from which on a container is compared in thorough restorations only, until it has changed once."""
 
+LONG_CONTAINER = 100
+"""Number of items from which on testing for plain items is faster than visiting the items."""
+
 PLAIN_TYPES = frozenset({type(None), bool, int, float, complex, str, bytes})
 """Types of immutable values that refer to no other objects."""
 

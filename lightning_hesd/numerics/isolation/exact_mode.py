@@ -8,7 +8,6 @@ finite differences) would mix several losses. So each evaluation starts from the
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_hesd.numerics.derivatives.hooks import Hooks, no_hooks_in_backward
 from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.derivatives.power_iterations import PowerIterations
-from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.isolation.modes import set_mode
 from lightning_hesd.numerics.isolation.settings import kept_settings
 from lightning_hesd.numerics.isolation.snapshot import Snapshot, restoring
@@ -202,14 +200,6 @@ def _inherit(backend: Any, before: str) -> None:
     """Let a backend follow the precision of all backends again, if it has the same: it cannot be seen if it did."""
     if getattr(torch.backends, "fp32_precision", None) == before:
         backend.fp32_precision = "none"
-
-
-def release_memory() -> None:
-    """Free the memory of a failed analysis, so that training has as much as before."""
-    gc.collect()
-    for module in accelerators():
-        if hasattr(module, "empty_cache"):
-            module.empty_cache()
 
 
 _REDUCED_SUMS = (

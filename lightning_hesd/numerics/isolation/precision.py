@@ -48,7 +48,7 @@ class InPrecision(TorchFunctionMode):
 
 
 def _changes_arguments(func: Callable[..., Any], options: Mapping[str, Any]) -> bool:
-    """Whether a function changes a tensor in place, sets an attribute of it, or returns one."""
+    """Whether a function changes a tensor in place, or reads or sets an attribute of one."""
     name = getattr(func, "__name__", "")
     return (
         name in {"__get__", "__set__", "__setitem__"} or (name.endswith("_") and name[-2:] != "__") or "out" in options

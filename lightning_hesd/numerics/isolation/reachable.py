@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_hesd.numerics.isolation.attributes import FRAMEWORKS, ClassState, attribute_states, user_classes
-from lightning_hesd.numerics.isolation.containers import container_state, has_plain_items
+from lightning_hesd.numerics.isolation.containers import LONG_CONTAINER, container_state, has_plain_items
 from lightning_hesd.numerics.isolation.streams import STREAMS
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ _PLAIN = (*_IMMUTABLE, type, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
 
 MAX_SEARCHED_LENGTH = 10_000
 """Number of items up to which containers in datasets are searched; of longer ones only the references are saved."""
-
-LONG_CONTAINER = 100
-"""Number of items from which on testing for plain items is faster than visiting the items."""
 
 
 class ReachableState:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hesd.numerics.krylov.vectors import euclidean_norm, inner_product, inner_products
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -60,13 +62,13 @@ class RitzSubspace:
 
         That costs a product unless it is given.
         """
-        length = torch.linalg.vector_norm(vector)
+        length = euclidean_norm(vector)
         for _ in range(2):  # Gram-Schmidt, twice
             for known, image in zip(self._basis, self._images, strict=True):
-                along = torch.dot(known, vector)
+                along = inner_product(known, vector)
                 vector = vector - along * known
                 product = None if product is None else product - along * image
-        rest = torch.linalg.vector_norm(vector)
+        rest = euclidean_norm(vector)
         if not rest > torch.finfo(vector.dtype).eps ** 0.5 * length:
             return False
         vector = vector / rest
@@ -111,8 +113,8 @@ class RitzSubspace:
         """Solve cᵀ(QᵀHQ)c = θ cᵀ(QᵀDQ)c for the largest θ."""
         basis, images = torch.stack(self._basis), torch.stack(self._images)
         scaled = basis if scale is None else basis / scale
-        projected = (basis @ images.T).cpu().double()
-        gram = (scaled @ scaled.T).cpu().double()
+        projected = inner_products(basis, images.T).cpu().double()
+        gram = inner_products(scaled, scaled.T).cpu().double()
         # Directions that rounding may have made are left out.
         lengths = gram.diagonal().rsqrt()
         weights, axes = torch.linalg.eigh(lengths[:, None] * gram * lengths)
@@ -126,5 +128,5 @@ class RitzSubspace:
         else:
             residual = scale * product - value * (vector / scale)
             direction = scale * residual
-        size = float(torch.linalg.vector_norm(residual))
+        size = float(euclidean_norm(residual))
         return LeadingPair(value, vector, product, direction, size / abs(value) if value else float("inf"))

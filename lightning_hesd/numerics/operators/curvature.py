@@ -56,6 +56,11 @@ class CurvatureMatrix(ABC):
     facts: GraphFacts = field(default_factory=GraphFacts, init=False, kw_only=True)
     is_hessian: ClassVar[bool] = True
 
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest floating-point type among the parameters and in the graphs so far."""
+        return max(self.facts.epsilon, *(torch.finfo(p.dtype).eps for p in self.parameters))
+
     def has_loss(self, batch: WeightedBatch) -> bool:
         """Return whether the loss function has a loss for a batch, and does not skip it."""
         try:

@@ -72,6 +72,18 @@ class DiagonalBlock:
         [product] = block_products([self], [vector])
         return product
 
+    def finite_matvec(self, vector: Tensor) -> Tensor:
+        """Return Hv as `matvec` does, for a finite v.
+
+        Raises:
+            ArithmeticError: If the product is NaN or infinite; the message names the batch.
+        """
+        product = self.matvec(vector)
+        if not self.space.is_finite(product):
+            error = explain_non_finite(self, vector)
+            raise error
+        return product
+
     def scaled(self, vector: Tensor) -> Tensor:
         """Return Sv, or v itself without a preconditioner."""
         return vector if self._scale is None else vector * self._scale

@@ -35,8 +35,8 @@ DIFFERENCE_VECTORS = 8
 """The same while gradients are subtracted from each other, without a graph: two of them, the difference before, and
 what the backward pass needs."""
 
-FEW = 4
-"""Number of samples of that comparison, at first."""
+COMPARED_SAMPLES = 4
+"""Number of samples for which a loss is first compared with its derivatives."""
 
 UNKNOWN_FREE_MEMORY = 4 * 2**30
 """Assumed free memory where the system does not report it, in bytes."""

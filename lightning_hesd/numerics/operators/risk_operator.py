@@ -66,18 +66,19 @@ class RiskOperator:
         num_batches: Number of batches of all ranks, without the skipped ones.
         num_skipped: Number of batches of all ranks that the loss function skipped.
         uncut_reason: Why a batch of this rank was not cut into groups; None if all were.
-        strategy: HVP strategy in use, for the `strategy_reason`; "graph" if the graph of any batch is kept.
+        strategy: HVP strategy in use; "graph" if the graph of any batch is kept.
+        strategy_reason: Why it is that one, in words.
         graph_bytes: Bytes of the kept graphs and of a product; None unless "auto" measured them.
         kept_bytes: Bytes of the kept graphs alone; 0 unless "auto" measured them.
-        comparison_bytes: The same while the loss was compared with its derivatives; 0 if it was not compared now.
+        comparison_bytes: Bytes while the loss was compared with its derivatives, kept graphs included; 0: not now.
         spare_memory: Bytes of the memory for graphs that "auto" leaves; 0 if it does not keep all graphs.
         differences: Central differences; None: products are exact.
         cache: What earlier analyses of the same loss have measured; brought up to date.
         product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences.
         epsilon: Machine epsilon of the coarsest floating-point type in the graphs of the loss, on any rank.
         failure: Error of this rank; None if it did not fail.
-        passes: Number of products so far, of `seconds_per_product` on average (on the CPU, where calls do not return
-            early).
+        passes: Number of products so far.
+        seconds_per_product: Their average time; too short on accelerators, where calls return early.
     """
 
     def __init__(

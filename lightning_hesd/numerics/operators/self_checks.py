@@ -11,7 +11,7 @@ import torch
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
 from lightning_hesd.numerics.operators.curvature import OutputMatrix
-from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW
+from lightning_hesd.numerics.operators.memory import COMPARED_SAMPLES, COMPARISON_VECTORS, DIFFERENCE_VECTORS
 from lightning_hesd.numerics.operators.verification import Verification, WrongDerivativeError, verify
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _compared(risk: RiskOperator, in_finest: InFinest | None, hooks: Hooks) -> V
     if risk.batches:
         smallest = min(risk.batches, key=lambda batch: batch.num_samples)
         batch = risk.batches[0] if together else smallest
-        risk.comparison_bytes = _bytes_of_comparison(risk, min(FEW, batch.num_samples), in_finest)
+        risk.comparison_bytes = _bytes_of_comparison(risk, min(COMPARED_SAMPLES, batch.num_samples), in_finest)
         own = verify(risk.matrix, batch, risk.space, exact=risk.is_exact, in_finest=in_finest, may_fail=not together)
         if own.gradient == "differs" and hooks.were_idle and not together:
             own = _with_hooks(risk, batch, own, hooks, in_finest)
@@ -118,7 +118,7 @@ def _spread(risk: RiskOperator, in_finest: InFinest | None) -> Iterator[Weighted
     if bytes_per_sample:
         of_product = risk.cache.product_bytes * max(batch.num_samples for batch in risk.batches)
         count = min(count, int((risk.spare_memory + of_product) / bytes_per_sample))
-    count = max(count, FEW)
+    count = max(count, COMPARED_SAMPLES)
     for at in sorted(chosen):
         batch = risk.batches[at].thinned(count)
         needed = _bytes_of_comparison(risk, batch.num_samples, in_finest)

@@ -14,6 +14,7 @@ import torch
 
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.memory import MemoryMeter, is_out_of_memory
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ def measured_graph(
     Raises:
         NoExactProductError: If there is no product, though there is a gradient.
         RuntimeError: If memory runs out.
-        Warning: If a warning that is an error says so.
+        Warning: If the gradient raises one, too, where warnings are errors.
     """
     try:
         made, held, peak = _metered(matrix, batch)
@@ -112,7 +113,7 @@ def measured_graph(
         if is_out_of_memory(error):
             raise
         gradient(matrix.loss(batch), matrix.parameters)  # if this fails, too, the loss is at fault
-        msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"
+        msg = f"the loss cannot be differentiated twice ({first_line(str(error))})"
         raise NoExactProductError(msg) from error
     if held is not None:
         cache.graph_bytes = largest(held / batch.num_samples)

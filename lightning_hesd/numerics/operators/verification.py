@@ -18,18 +18,16 @@ without its casts, if it can be evaluated so.
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from lightning_hesd.numerics.krylov.vectors import in_shape
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, gradient
-from lightning_hesd.numerics.operators.derivative_findings import ROUNDING_UNITS, findings
+from lightning_hesd.numerics.operators.derivative_comparison import ROUNDING_UNITS, compare_derivatives
 from lightning_hesd.numerics.operators.directional import Line, beside_the_weights
-from lightning_hesd.numerics.operators.memory import FEW
+from lightning_hesd.numerics.operators.memory import COMPARED_SAMPLES
+from lightning_hesd.spectra.validation import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
     from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
-    from lightning_hesd.numerics.operators.derivative_findings import Findings
+    from lightning_hesd.numerics.operators.derivative_comparison import ComparedDerivatives
     from lightning_hesd.numerics.operators.directional import Outcome
 
     InFinest = Callable[..., AbstractContextManager[Callable[[Tensor], Tensor]]]
@@ -83,7 +81,7 @@ class WrongDerivativeError(RuntimeError):
         loss: The mean loss.
     """
 
-    def __init__(self, words: str, loss: float = math.nan) -> None:
+    def __init__(self, words: str, loss: float) -> None:
         super().__init__(words)
         self.loss = loss
 
@@ -121,19 +119,19 @@ def verify(
     if in_finest is not None:
         in_float64 = [(in_finest, True, False), (in_finest, False, False), (in_finest, False, True)]
         attempts = [*in_float64[0 if few_first else 1 :], *attempts]
-    found: list[Findings] = []
+    found: list[ComparedDerivatives] = []
     problem = ""
     for context, few, beside in attempts:
         if beside and found and not found[-1].is_continuous:
             continue  # beside the weights is another function
         try:
-            samples = batch.cut_at([FEW])[0] if few and batch.length() > FEW else batch
+            samples = batch.cut_at([COMPARED_SAMPLES])[0] if few and batch.length() > COMPARED_SAMPLES else batch
             subject = _Subject(matrix, samples, space, exact, beside)
-            found.append(subject.findings(context) if context is _as_it_is else _finest(subject, context))
+            found.append(subject.compared(context) if context is _as_it_is else _finest(subject, context))
         except Exception as error:
             if not may_fail:
                 raise
-            problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            problem = f"{type(error).__name__}: {first_line(str(error))}"
             continue
         if not found[-1].is_repeatable:
             return Verification("differs", "undecided", _words_of_change(found[-1]))
@@ -164,12 +162,12 @@ class _Subject:
     exact: bool
     beside: bool
 
-    def findings(self, context: InFinest) -> Findings:
+    def compared(self, context: InFinest) -> ComparedDerivatives:
         """Compare in the precision of a context."""
         with self._within(context) as matrix:
-            return findings(matrix, self.batch, self.space, exact=self.exact)
+            return compare_derivatives(matrix, self.batch, self.space, exact=self.exact)
 
-    def findings_throughout(self, in_finest: InFinest) -> Findings | None:
+    def compared_throughout(self, in_finest: InFinest) -> ComparedDerivatives | None:
         """Compare in the finest precision throughout the loss; None where that tells nothing about the analyzed one.
 
         The loss may need its casts, backward passes of custom functions may have further ones, and casts may lose
@@ -177,18 +175,17 @@ class _Subject:
         """
         context = partial(in_finest, throughout=True)
         try:
-            found = self.findings(context)
+            found = self.compared(context)
             if not found.agrees:
                 return None if found.facts.custom else found
             with self._within(context) as matrix:
                 line = Line(matrix, self.batch, self.space)
-                expected = self._derivative(matrix, line, line.direction)
+                expected = self._derivative(matrix, line)
             with self._within(_as_it_is) as matrix:
-                computed = self._derivative(matrix, line, line.direction)
+                computed = self._derivative(matrix, line)
         except Exception:  # noqa: BLE001 - whatever the user's loss raises
             return None
-        epsilon = max(matrix.facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
-        allowed = max(ROUNDING_UNITS * epsilon, LEAST_GAP) * line.norm(expected)
+        allowed = max(ROUNDING_UNITS * matrix.epsilon, LEAST_GAP) * line.norm(expected)
         return found if line.norm(computed - expected) <= allowed else None
 
     @contextlib.contextmanager
@@ -199,24 +196,25 @@ class _Subject:
             with beside_the_weights(parameters, self.space) if self.beside else contextlib.nullcontext():
                 yield matrix
 
-    def _derivative(self, matrix: CurvatureMatrix, line: Line, direction: Tensor) -> Tensor:
-        """Return the product with a direction, or the gradient where products are differences of gradients."""
+    def _derivative(self, matrix: CurvatureMatrix, line: Line) -> Tensor:
+        """Return the product with the direction of a line, or the gradient where products are differences of it."""
         if not self.exact:
             return line.flat(gradient(matrix.loss(self.batch), matrix.parameters))
-        vector = [v.to(p.dtype) for v, p in zip(in_shape(direction, matrix.parameters), matrix.parameters, strict=True)]
+        direction = in_shape(line.direction, matrix.parameters)
+        vector = [v.to(p.dtype) for v, p in zip(direction, matrix.parameters, strict=True)]
         return line.flat(matrix.make_matvec(self.batch, retain=False)[1](vector))
 
 
-def _finest(subject: _Subject, in_finest: InFinest) -> Findings:
+def _finest(subject: _Subject, in_finest: InFinest) -> ComparedDerivatives:
     """Compare in the finest precision, throughout the loss where that of parameters and batch is not enough."""
     try:
-        found = subject.findings(in_finest)
+        found = subject.compared(in_finest)
     except Exception:
-        finer = subject.findings_throughout(in_finest)
+        finer = subject.compared_throughout(in_finest)
         if finer is None:
             raise
         return finer
-    return found if found.is_finest else subject.findings_throughout(in_finest) or found
+    return found if found.is_finest else subject.compared_throughout(in_finest) or found
 
 
 def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
@@ -235,7 +233,7 @@ def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     return coarse if fine == "undecided" else fine
 
 
-def _words_of_change(found: Findings) -> str:
+def _words_of_change(found: ComparedDerivatives) -> str:
     return (
         "the loss function returned {:.8g} and {:.8g} for the same weights, batch and seed".format(*found.losses)
         + ". It may draw from a random generator of its own, change an object outside of the module (a counter, a "
@@ -244,7 +242,9 @@ def _words_of_change(found: Findings) -> str:
     )
 
 
-def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool, is_hessian: bool) -> str:
+def _words(
+    found: ComparedDerivatives, of_gradient: Outcome, of_products: Outcome, *, exact: bool, is_hessian: bool
+) -> str:
     custom = f" ({', '.join(sorted(found.facts.custom))})" if found.facts.custom else ""
     if of_gradient == "differs":
         return (

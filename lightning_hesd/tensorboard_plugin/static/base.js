@@ -10,7 +10,7 @@ export function literal(text) {
 /** Return a text of this package with its indices as subscripts. */
 export const indexed = (text) => text.replace(/_([A-Za-z0-9]+)/g, "<sub>$1</sub>");
 
-export const MARGIN = { l: 72, r: 52, t: 10, b: 52 };
+const MARGIN = { l: 72, r: 52, t: 10, b: 52 };
 
 /** Return the layout of a figure with these two axes. */
 export function layoutOf(theme, x, y, more = {}) {

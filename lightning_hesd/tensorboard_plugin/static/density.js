@@ -29,7 +29,7 @@ function curvesOf(states, theme, hidden) {
 const colorOfField = (field, theme) => theme[field === "spectrum" ? "training" : field];
 
 /** The densities of states, the chosen one first, with nodes and extremes; at least one spectrum must not be hidden. */
-export function densityFigure(states, theme, hidden, isLinear) {
+function densityFigure(states, theme, hidden, isLinear) {
   const found = curvesOf(states, theme, hidden);
   const shown = found.filter(({ isShown }) => isShown);
   const scale = axisOfDensity(shown.map(({ spectrum }) => spectrum), isLinear);
@@ -37,7 +37,7 @@ export function densityFigure(states, theme, hidden, isLinear) {
   const curves = found.map((one) => ({ ...one, ...densityOn(one.spectrum, scale), hasBand: hasBands && !one.isPinned }));
   const [bottom, top] = heights(curves.filter(({ isShown }) => isShown), scale);
   const ticks = isLinear ? {} : ticksOf(scale);
-  const [name, unit] = nameOf(shown.map(({ spectrum }) => spectrum.matrix ?? "hessian"));
+  const [name, unit] = nameOf(shown.map(({ spectrum }) => spectrum.matrix));
   return {
     data: curves.flatMap((curve, index) => tracesOf(curve, index, scale, bottom, top, theme)),
     layout: layoutOf(

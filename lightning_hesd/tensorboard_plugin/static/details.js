@@ -1,6 +1,5 @@
 /** Figures of one run, as plain {data, layout} for Plotly. */
 
-import { axisOf } from "./axis.js";
 import { indexed, layoutOf, literal, short } from "./base.js";
 import { SPECTRA, column, extent, interval, negativeCount, ofSpectrum, parabola, spectrumOf } from "./data.js";
 import { beyond, densityMap, powerOfTen, scaleOf, symlogTicks } from "./distribution.js";
@@ -32,12 +31,13 @@ export function failuresOf(run, axis, theme, yaxis) {
 /** The axis of `failuresOf`, over that of the heat map. */
 export const OF_FAILURES = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
 
-export function mapFigure(run, theme, field, chosen, axis = axisOf([run])) {
-  const { scale, centers, rows } = densityMap(run, field);
+/** The heat map of the spectral density on the training data over the records. */
+export function mapFigure(run, theme, chosen, axis) {
+  const { scale, centers, rows } = densityMap(run);
   const x = run.records.map((record) => record[axis.key]); // columns reach halfway to their neighbors
   const ticks = symlogTicks(scale);
   const edge = (key) => ({
-    x, y: column(run, ofSpectrum(key, field)).map((v) => (v === null ? null : scale.to(v))), mode: "lines", showlegend: false,
+    x, y: column(run, ofSpectrum(key)).map((v) => (v === null ? null : scale.to(v))), mode: "lines", showlegend: false,
     line: { color: "#ffffff", width: 1.4 }, hoverinfo: "skip",
   });
   const eigenvalues = centers.map((place) => scale.back(place));

@@ -1,5 +1,6 @@
 /** Densities and numbers of eigenvalues from payloads of spectra, computed as `spectra/distribution.py` does. Pure functions. */
 
+import { minus } from "./base.js";
 import { extent, spectrumOf } from "./data.js";
 
 const MAP_BINS = 140;
@@ -8,11 +9,11 @@ const LINEAR_SHARE = 1e-4; // eigenvalues below this share of the largest are dr
 
 /**
  * Return the distribution as uniform pieces, {low, high, mass}: the weight of a node is spread such that the node is the
- * mean. A piece with equal ends is a point, as all are in payloads of earlier releases.
+ * mean. A piece with equal ends is a point.
  */
 function piecesOf({ nodes, weights, left, right }) {
   return nodes.flatMap((node, i) => {
-    const [before, after] = [left?.[i] ?? 0, right?.[i] ?? 0];
+    const [before, after] = [left[i], right[i]];
     const below = before + after > 0 ? (weights[i] * after) / (before + after) : weights[i];
     return [{ low: node - before, high: node, mass: below }, { low: node, high: node + after, mass: weights[i] - below }];
   }).filter(({ mass }) => mass > 0);
@@ -60,7 +61,7 @@ export function powerOfTen(value) {
   const exponent = Math.round(Math.log10(Math.abs(value)));
   const sign = value < 0 ? "−" : "";
   if (exponent >= -2 && exponent <= 3) return sign + String(Number((10 ** exponent).toPrecision(1)));
-  return `${sign}10<sup>${String(exponent).replace("-", "−")}</sup>`;
+  return `${sign}10<sup>${minus(exponent)}</sup>`;
 }
 
 const MOST_DECADES = 5; // smaller extremes are drawn near zero
@@ -164,8 +165,8 @@ function bandOn({ cumulative_band: band, dimension }, scale, sigma, grid) {
  * Return the spectral mass over records and eigenvalues: a column for each record, as log10 of the mass in a bin.
  * Converged nodes are few, so all is smoothed over neighboring bins.
  */
-export function densityMap(run, field) {
-  const spectra = run.records.map((record) => spectrumOf(record, field)).filter(Boolean);
+export function densityMap(run) {
+  const spectra = run.records.map((record) => spectrumOf(record)).filter(Boolean);
   const scale = scaleOf(spectra.map((s) => [s.lambda_min, s.lambda_max]));
   const [from, to] = [scale.to(scale.low), scale.to(scale.high)];
   const width = (to - from) / MAP_BINS || 1;
@@ -173,7 +174,7 @@ export function densityMap(run, field) {
   const reach = Math.ceil(4 * MAP_SMOOTHING);
   const rows = centers.map(() => []);
   for (const record of run.records) {
-    const spectrum = spectrumOf(record, field);
+    const spectrum = spectrumOf(record);
     const mass = new Float64Array(MAP_BINS);
     const map = { to: (value) => (scale.to(value) - from) / width - 0.5, back: (place) => scale.back(from + (place + 0.5) * width) };
     if (spectrum) piecesOf(spectrum).flatMap((piece) => partsOf(piece, map)).forEach((part) => smooth(part, mass, reach));

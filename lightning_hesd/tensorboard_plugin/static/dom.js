@@ -35,16 +35,22 @@ export function button(text, label, press) {
   return element("button", { type: "button", "aria-label": label, title: label, onclick: press }, text);
 }
 
+/** Put a text on the clipboard; return whether that worked. */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false; // the page comes from another machine without encryption, or the browser forbids it
+  }
+}
+
 /** Make a button that copies the text that `textOf` returns; where the browser forbids that, the text is shown to be copied. */
 export function copyButton(text, label, textOf) {
   const made = button(text, label, async () => {
     const copied = textOf();
-    try {
-      await navigator.clipboard.writeText(copied);
-      made.textContent = "Copied";
-    } catch {
-      window.prompt("Copy this link:", copied);
-    }
+    if (await copy(copied)) made.textContent = "Copied";
+    else window.prompt("Copy this link:", copied);
     setTimeout(() => (made.textContent = text), 1500);
   });
   return made;

@@ -2,7 +2,7 @@
 
 import { when } from "./axis.js";
 import { indexed, literal } from "./base.js";
-import { button, download, element, menu, typeset } from "./dom.js";
+import { button, copy, download, element, menu, typeset } from "./dom.js";
 import { codeOf, runsOf } from "./figure_code.js";
 import { LIGHT, faint } from "./theme.js";
 
@@ -27,7 +27,7 @@ let lastSize = "column"; // of the last export
  * Return a figure in the light theme. Its parts have the colors of the theme that it was drawn in; those of data are the
  * same in both.
  */
-export function inLight(value, theme) {
+function inLight(value, theme) {
   if (theme === LIGHT) return value;
   const light = new Map(Object.keys(LIGHT).flatMap((name) => [LIGHT[name]].flat().map((color, i) => [[theme[name]].flat()[i], color])));
   const hexadecimal = (numbers) => `#${numbers.slice(0, 3).map((n) => Number(n).toString(16).padStart(2, "0")).join("")}`;
@@ -171,22 +171,12 @@ async function savePdf(shown, key) {
   window.print();
 }
 
-/** Put a text on the clipboard; return whether that worked. */
-async function copied(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    return false; // the page comes from another machine without encryption, or the browser forbids it
-  }
-}
-
 // The dialog --------------------------------------------------------------------------------------------------------
 
 /**
  * Open the dialog that exports a figure.
  * @param {{id: string, title: string, figure: {data: Object[], layout: Object}, theme: Object, runs: Run[], record: ?Object,
- *   axis: Object, quantity: ?string, folderOf: function(string): Promise<string>}} given The runs that the figure shows; its record, if it shows one.
+ *   axis: Object, quantity: ?string, folderOf: function(string): Promise<string>}} shown The runs that the figure shows; its record, if it shows one.
  */
 export async function openExport(shown) {
   const coded = { ...shown, runs: runsOf(shown) };
@@ -212,8 +202,8 @@ export async function openExport(shown) {
     image.onload = () => URL.revokeObjectURL(image.src);
     preview.replaceChildren(image);
   });
-  const copy = async () => {
-    if (await copied(code.textContent)) return "The code is on the clipboard.";
+  const copyCode = async () => {
+    if (await copy(code.textContent)) return "The code is on the clipboard.";
     python.open = true;
     getSelection().selectAllChildren(code);
     return "The browser forbids the clipboard: the code is selected below.";
@@ -227,7 +217,7 @@ export async function openExport(shown) {
       button("PNG", "Save as PNG", act(savePng)),
       button("SVG", "Save as SVG", act(saveSvg)),
       button("PDF", "Print on a page of this size: choose “Save as PDF”", act(savePdf, "Choose “Save as PDF” in the print dialog.")),
-      python && button("Copy Python", "Copy code that draws the figure with lightning_hesd", act(copy))),
+      python && button("Copy Python", "Copy code that draws the figure with lightning_hesd", act(copyCode))),
     status, python);
   document.body.append(dialog);
   dialog.showModal();

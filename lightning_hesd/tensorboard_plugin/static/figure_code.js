@@ -61,7 +61,7 @@ const CODE = {
 /** Return the metric of the checkpoint rules in a list, which is empty where a run's records do not have it. */
 const ruleMetricOf = (runs) =>
   [...new Set(runs.flatMap((run) => run.rules.filter((rule) => rule.metrics.length).map((rule) => rule.metric)))]
-    .filter((name) => runs.every((run) => run.records.some((record) => name in (record.metrics ?? {})))).slice(0, 1);
+    .filter((name) => runs.every((run) => run.records.some((record) => name in record.metrics))).slice(0, 1);
 
 /**
  * Return the code of a figure; null where there is none.

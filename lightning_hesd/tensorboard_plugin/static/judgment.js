@@ -114,14 +114,14 @@ export class JudgmentCard {
 }
 
 /** Return the names of the metrics that the runs have of trained weights. */
-export function metricsOf(runs) {
+function metricsOf(runs) {
   const records = runs.flatMap((run) => run.records).filter(({ epoch }) => epoch >= 0);
   const known = records.flatMap(({ metrics }) => Object.entries(metrics)).filter(([, value]) => value !== null);
   return [...new Set(known.map(([name]) => name))].sort();
 }
 
 /** Return the wanted metric where there is one; else an accuracy on held-out data, any metric on such data, or the first. */
-export function metricOf(names, wanted) {
+function metricOf(names, wanted) {
   if (names.includes(wanted)) return wanted;
   const isHeldOut = (name) => wordsIn(name).some((word) => HELD_OUT.has(word));
   const isAccuracy = (name) => wordsIn(name).some((word) => ACCURACY.has(word));

@@ -1,6 +1,5 @@
 /** The heat map of layers, as plain {data, layout} for Plotly. */
 
-import { axisOf } from "./axis.js";
 import { indexed, layoutOf, literal } from "./base.js";
 import { extent, finite, layerMap, quantitiesOf, scalarOf } from "./data.js";
 import { OF_FAILURES, cursor, failuresOf } from "./details.js";
@@ -40,7 +39,7 @@ class Layer {
 }
 
 /** Return what all names begin with, whole parts between dots only. */
-export function commonPrefix(names) {
+function commonPrefix(names) {
   const parts = names.map((name) => name.split(".").slice(0, -1));
   const count = names.length < 2 ? 0 : parts[0].findIndex((part, i) => parts.some((other) => other[i] !== part));
   const shared = count < 0 ? parts[0] : parts[0].slice(0, count);
@@ -77,7 +76,7 @@ function orderOf(rows, run, chosen, order) {
 const clip = (name) => literal(name.length <= 26 ? name : `…${name.slice(-25)}`);
 
 /** The heat map of a quantity: layers by the order "" or "value" over the records. */
-export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf([run])) {
+function layersFigure(run, theme, quantity, chosen, order, axis) {
   const scalar = scalarOf(run, "layers", quantity);
   const scalars = [scalar, ...quantitiesOf(run).filter((other) => other !== scalar)]; // the shown one first
   const { names, rows: places } = layerMap(run);

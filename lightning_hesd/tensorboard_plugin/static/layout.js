@@ -84,7 +84,7 @@ function balanceRows(place) {
 }
 
 /** Return the numbers of cards in rows that are as equal as possible, the longer ones first. */
-export function rowsOf(cards, most) {
+function rowsOf(cards, most) {
   const rows = Math.ceil(cards / most);
   return Array.from({ length: rows }, (_, row) => Math.ceil((cards - row) / rows));
 }

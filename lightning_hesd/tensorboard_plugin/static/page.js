@@ -99,7 +99,7 @@ class Page {
     const others = this.runs.filter((other) => other !== run);
     const whole = (wanted) => this.store.whole(wanted.map(({ key }) => key));
     const choose = (changes) => this.choose(changes);
-    return { run, record, others, whole, theme, choices, choose, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
+    return { run, record, others, whole, theme, choices, choose, quantity: quantityOf(run, choices.layers), axis: this.axisOf([run]) };
   }
 
   // Choices ---------------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 /** Is a spectrum as those of similar networks were? The texts come with the record. */
 
+import { minus } from "./base.js";
 import { element, typeset } from "./dom.js";
 
 const MEANING =
   "Usual: within the middle 80 % of these networks. Half of the healthy networks that we tried were beyond that in some quantity: “unusual” is no fault by itself, and “usual” proves nothing.";
 
 /** Return how a record compares with the reference range. */
-export function referenceOf({ reference, error }) {
-  if (error) return [element("p", {}, "No comparison: the analysis failed.")];
-  if (!reference?.quantities) return [element("p", {}, "No comparison: an earlier release wrote this record.")];
+export function referenceOf({ reference }) {
+  if (!reference.quantities) return [element("p", {}, "No comparison: the analysis failed.")];
   if (reference.reason) return [element("p", {}, `No comparison: ${reference.reason}.`)];
   const heads = ["", "answer", "here", "middle 80 %", "all"].map((title) => element("th", title ? { scope: "col" } : {}, title));
   return [
@@ -20,7 +20,7 @@ export function referenceOf({ reference, error }) {
 }
 
 function comparedRow({ key, title, value, usual, seen, answer }) {
-  const cell = (text) => element("td", { class: "number" }, text.replaceAll("-", "−") || "–");
+  const cell = (text) => element("td", { class: "number" }, minus(text) || "–");
   const isNoted = answer.startsWith("unusual") || answer.startsWith("outside");
   return element("tr", { "data-key": key }, element("th", { scope: "row" }, ...typeset(title)),
     element("td", { class: "number" }, isNoted ? element("strong", {}, answer) : answer), cell(value), cell(usual), cell(seen));

@@ -6,11 +6,12 @@ const PAPER = 680; // pixels between the margins of A4
 
 const compressed = Uint8Array.from(atob(document.getElementById("hesd-data").textContent), (letter) => letter.charCodeAt(0));
 const inlined = await new Response(new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+const load = async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name);
 start(
   {
     runs: async () => ({ runs: inlined.runs.map(({ run, color, name }) => ({ run, color, names: { [name]: {} } })) }),
-    load: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
-    loadBrief: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
+    load,
+    loadBrief: load,
     judge: async (runs, metric) => {
       const found = inlined.judgments[metric];
       if (found.error) throw new Error(found.error);

@@ -2,8 +2,7 @@
 
 import { button, element } from "./dom.js";
 import { groupName, patternOf } from "./grouping.js";
-import { swatch } from "./swatches.js";
-import { colorOf, symbolOf } from "./theme.js";
+import { swatchOf } from "./swatches.js";
 
 const IN_A_LINE = 6; // runs that stand in a line above the charts
 const WAIT_MS = 200; // after a key, before the charts follow
@@ -68,7 +67,7 @@ export class RunList {
 
   row({ key, name, color }, selected, theme) {
     const box = element("input", { type: "checkbox", checked: selected.has(key), "data-key": key, onchange: (event) => this.actions.select([key], event.target.checked) });
-    const sample = theme ? swatch({ color: colorOf(theme, color), dash: "solid", symbol: symbolOf(color) }) : null;
+    const sample = theme ? swatchOf(theme, color) : null;
     return element("label", { class: "run", title: name, onmouseenter: () => this.actions.point(key) }, box, sample, element("span", {}, name));
   }
 
@@ -89,7 +88,7 @@ export class RunList {
         onchange: (event) => this.actions.select(runs.map(({ key }) => key), event.target.checked),
       });
       box.indeterminate = chosen.length > 0 && chosen.length < runs.length;
-      const sample = theme && color >= 0 ? swatch({ color: colorOf(theme, color), dash: "solid", symbol: symbolOf(color) }) : null;
+      const sample = theme && color >= 0 ? swatchOf(theme, color) : null;
       const head = element("label", { class: "run group", title: name, onmouseenter: () => this.actions.point(`group:${name}`) },
         box, sample, element("span", {}, name), element("small", {}, `${chosen.length} of ${runs.length}`));
       return [head, ...runs.map((run) => this.member(run, selected))];

@@ -1,7 +1,7 @@
 /** The chosen state in numbers: what its analysis found, how sure each number is, and what is unusual about the spectrum. */
 
 import { short } from "./base.js";
-import { SPECTRA, interval, spectrumOf } from "./data.js";
+import { SPECTRA, negativeCount, spectrumOf } from "./data.js";
 import { element, number, typeset, withMinus } from "./dom.js";
 import { intervalOf, totalError, withError, within } from "./uncertainty.js";
 
@@ -18,10 +18,7 @@ const ROWS = [
   ["λ_max", "an eigenvalue lies within the error", (s) => withError(s.lambda_max, s.lambda_max_error)],
   ["λ_min", "an eigenvalue lies within the error", (s) => withError(s.lambda_min, s.lambda_min_error)],
   ["trace", "one standard error", (s) => withError(s.trace, s.trace_error)],
-  ["negative eigenvalues", "bounds, with the same confidence", (s) => {
-    const { negative_count_low: low, negative_count_high: high, dimension } = s;
-    return Number.isFinite(low) && Number.isFinite(high) ? `${interval(low, high)} of ${dimension}` : "–";
-  }],
+  ["negative eigenvalues", "bounds, with the same confidence", (s) => (negativeCount(s) === null ? "–" : `${negativeCount(s)} of ${s.dimension}`)],
   ["loss", "mean over the samples", (s) => number(s.loss)],
   ["samples", "", (s) => number(s.num_samples)],
   ["Lanczos steps", "of each probe", (s) => (s.steps_per_probe ?? []).join(", ") || "–"],
@@ -54,7 +51,7 @@ function tableOfSpectra(record) {
 
 /** Return what is unusual about a state: {badge, kind, why}; kind "fine", "doubt" or "wrong". */
 export function badgesOf(record) {
-  const found = (key) => (record.findings ?? []).find((finding) => finding.key === key);
+  const found = (key) => record.findings.find((finding) => finding.key === key);
   const spectrum = spectrumOf(record);
   const badges = [];
   if (record.error) badges.push({ badge: spectrum ? "a part failed" : "failed", kind: "wrong", why: record.error });
@@ -63,8 +60,8 @@ export function badgesOf(record) {
   if (spectrum.type === "MN") badges.push(mainlyNegative(record, spectrum, found("mainly_negative")));
   const singular = found("quasi_singular");
   if (singular) badges.push({ badge: "quasi-singular", kind: "doubt", why: withMinus(`${singular.evidence} ${singular.action}`) });
-  const verified = spectrum.verified ?? "unknown";
-  badges.push({ badge: VERIFIED[verified], kind: { yes: "fine", no: "wrong" }[verified] ?? "doubt", why: spectrum.verification ?? "an earlier release wrote this record" });
+  const { verified, verification } = spectrum;
+  badges.push({ badge: VERIFIED[verified], kind: { yes: "fine", no: "wrong" }[verified] ?? "doubt", why: verification });
   return badges;
 }
 

@@ -25,7 +25,7 @@ export class StateBar {
 
   /** Show the controls for the records of a run. */
   show(runs, run, record, axis) {
-    Object.assign(this, { run });
+    this.run = run;
     this.slider = element("input", { type: "range", id: "epoch", min: 0, max: run.records.length - 1, step: 1,
       oninput: (event) => this.actions.state(run.records[Number(event.target.value)]) });
     this.name = element("output", { for: "epoch" });

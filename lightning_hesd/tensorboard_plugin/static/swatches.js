@@ -1,6 +1,7 @@
 /** Samples of lines and marks beside names: the legends of figures, outside of them. */
 
 import { element } from "./dom.js";
+import { colorOf, symbolOf } from "./theme.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 26;
@@ -36,6 +37,9 @@ export function swatch({ color, dash = null, symbol = null, fill = color }) {
   const mark = symbol === null ? [] : [drawn("path", { d: OUTLINES[symbol] ?? OUTLINES.circle, ...place })];
   return drawn("svg", { class: "swatch", width: WIDTH, height: 14, viewBox: `0 0 ${WIDTH} 14`, "aria-hidden": "true" }, ...line, ...mark);
 }
+
+/** Draw the sample of a run or group, in its color and with its mark. */
+export const swatchOf = (theme, index) => swatch({ color: colorOf(theme, index), dash: "solid", symbol: symbolOf(index) });
 
 /** Return the legend of a figure: its curves with a name, without those of runs and spectra, which have a legend elsewhere. */
 export function keysOf(data) {

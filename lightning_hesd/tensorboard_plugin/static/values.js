@@ -1,8 +1,7 @@
 /** The values of all runs at one epoch, beside the pointer. */
 
 import { element, number, typeset } from "./dom.js";
-import { swatch } from "./swatches.js";
-import { colorOf, symbolOf } from "./theme.js";
+import { swatchOf } from "./swatches.js";
 import { intervalOf, withError, within } from "./uncertainty.js";
 
 const IN_COLUMN = 18; // of a column
@@ -85,9 +84,8 @@ function valueAt({ y, low, high, counts, size }, index) {
 }
 
 function rowOf({ line, step, values }, theme, isNearest) {
-  const color = colorOf(theme, line.color);
   const picked = (line.run?.rules ?? []).filter((rule) => rule.pick?.global_step === step && rule.scalar === line.quantity.scalar).map(({ title }) => title);
-  const name = [swatch({ color, dash: "solid", symbol: symbolOf(line.color) }), element("span", {}, line.name), ...(picked.length ? [element("span", { title: picked.join(", ") }, " ★")] : [])];
+  const name = [swatchOf(theme, line.color), element("span", {}, line.name), ...(picked.length ? [element("span", { title: picked.join(", ") }, " ★")] : [])];
   return element("tr", isNearest ? { class: "nearest" } : {}, element("th", { scope: "row" }, ...name), ...values.map((value) => element("td", { class: "number" }, ...inCell(value))));
 }
 

@@ -53,7 +53,7 @@ const FEW_WITHOUT = 5; // runs without findings that have a line each
 
 /** Return the findings of runs, each as of its last record, the most important first; those of several runs unfold. */
 export function findingsOf(runs) {
-  const has = (run) => run.records.at(-1).findings?.length; // earlier releases wrote none
+  const has = (run) => run.records.at(-1).findings.length > 0;
   const without = runs.filter((run) => !has(run));
   const gathered = without.length > FEW_WITHOUT;
   const said = runs.filter((run) => has(run) || !gathered).map((run) => (has(run) ? unfolding(run, runs.length === 1) : element("p", {}, `${run.run}: no findings`)));

@@ -14,7 +14,7 @@ from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.validation import first_invalid_field, one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
-from lightning_hesd.training.checkpoints.ranking import STATE, completed
+from lightning_hesd.training.checkpoints.ranking import STATE
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
@@ -55,6 +55,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._analyzed = AnalyzedSaving(self.errors)
         self.source: SpectrumSource | None = None
         self._stage = "fit"
+        self._score_to_rank: float | None = None  # of an analysis that was not ranked before the run was resumed
         self.begin_copies()
 
     @property
@@ -146,8 +147,10 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
         Of score and criterion, higher is better. Return their entry in the ranking; None if the file was not written.
         """
-        before = self.candidates
-        path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])
+        before, names = self.candidates, self._monitor_candidates(trainer)
+        if self._is_resumed:
+            names["epoch"] = torch.tensor(record.epoch)  # the Trainer counts the next one already
+        path = self.free_path(trainer, names, [c.path for c in before])
         mark: str = trainer.strategy.broadcast(uuid.uuid4().hex)
         mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
         latest = Candidate(record.epoch, record.global_step, score, criterion, mainly_positive, path, mark)
@@ -261,6 +264,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """Return the candidates as plain values."""
         return {
             **self._ranking.state_dict(),
+            "score_to_rank": None,
             "best_model_path": self.best_model_path,
             "last_model_path": self.last_model_path,
             "dirpath": str(self.dirpath),
@@ -276,7 +280,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """
         if self._stage != "fit":
             return
-        state_dict = completed(state_dict)
         if (wrong := first_invalid_field(state_dict, STATE)) is not None:
             msg = (
                 f"the state of {self.title} in the checkpoint is damaged, or of another version: its `{wrong}` is "
@@ -285,6 +288,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
             raise ValueError(msg)
         self._is_resumed = True
         self._load(state_dict)
+        self._score_to_rank = state_dict["score_to_rank"]
 
     def _load(self, state: dict[str, Any]) -> None:
         self._ranking.load_state_dict(state)

@@ -9,12 +9,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.inputs.portable import Portable
-from lightning_hesd.spectra.rules import RULES, rule_title
+from lightning_hesd.spectra.rules import rule_title
 from lightning_hesd.spectra.selection import SelectionEvent, first_loss
 from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCheckpoint
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import prefix
-from lightning_hesd.training.checkpoints.pick_report import report_pick
-from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric, check_rule
+from lightning_hesd.training.checkpoints.pick_report import report_pick, why_nothing_was_ranked
+from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric, check_rule, criterion_of
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.runs import name_of
@@ -199,9 +199,16 @@ class HessianCheckpoint(CandidateCheckpoint):
         is_refused = self.source is None or self.source.refusal is not None  # a warning has said so
         if not self.candidates and self.save_final(trainer) and not is_refused:
             warn(
-                f"{self.title} could rank no analyzed epoch; its best_model_path is the checkpoint of the final "
-                f"weights, {self.best_model_path}."
+                f"{self.title} could rank no analyzed epoch ({why_nothing_was_ranked(self)}); its best_model_path is "
+                f"the checkpoint of the final weights, {self.best_model_path}."
             )
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep a score in checkpoints that are written before it is ranked: a run resumed from one ranks it then."""
+        record, state = self._latest(trainer), checkpoint.get("callbacks", {}).get(self.state_key)
+        if record is None or record.spectrum is None or state is None or not self._analyzed.is_present(pl_module):
+            return
+        state["score_to_rank"] = self._metric.score(trainer, record.spectrum)
 
     def report(self, trainer: pl.Trainer) -> None:
         """Name the pick and its file at the end of a run."""
@@ -222,8 +229,10 @@ class HessianCheckpoint(CandidateCheckpoint):
         if trainer.global_step == 0:
             self.forget_run()
         elif self._is_resumed:
+            if self._score_to_rank is not None:
+                self._rank_latest(trainer, self._score_to_rank)
             self.forget_missing_files(trainer)
-        self._is_resumed = False
+        self._is_resumed, self._score_to_rank = False, None
         self._ranking.offered_step = trainer.global_step  # earlier records were ranked or passed over
 
     # Ranking --------------------------------------------------------------------------------------------------------
@@ -237,19 +246,23 @@ class HessianCheckpoint(CandidateCheckpoint):
         is_defined = record.spectrum is not None and not math.isnan(record.spectrum.c_t)
         return record if is_defined and self.may_save(trainer) else None
 
-    def _rank_latest(self, trainer: pl.Trainer) -> bool:
-        """Rank the latest record once its metric is known; return whether its weights were saved and are unchanged."""
+    def _rank_latest(self, trainer: pl.Trainer, score: float | None = None) -> bool:
+        """Rank the latest record once its metric is known; return whether its weights were saved and are unchanged.
+
+        `score` is that of a record from before the run was resumed.
+        """
         record = self._latest(trainer)
         if record is None or record.spectrum is None:
             return False
-        score: float | None = trainer.strategy.broadcast(self._metric.score(trainer, record.spectrum))
+        if score is None:
+            score = trainer.strategy.broadcast(self._metric.score(trainer, record.spectrum))
         if score is None:
             return False
         ranking = self._ranking
         ranking.offered_step = trainer.global_step
         if ranking.first_score is None:
             ranking.first_score = trainer.strategy.broadcast(self._first_score(score))
-        criterion = trainer.strategy.broadcast(self._criterion(record))
+        criterion = trainer.strategy.broadcast(criterion_of(record, self.rule, self.errors))
         changes = self._analyzed.compare(trainer, record.epoch)
         can_be_ranked = not (math.isnan(score) or math.isnan(criterion) or changes.lost)
         latest = self._consider(trainer, record, score, criterion) if can_be_ranked else None
@@ -283,18 +296,3 @@ class HessianCheckpoint(CandidateCheckpoint):
         self._analyzed.drop()
         ours = self.source.name if self.source else "hesd"
         self.errors.complain(self._metric.complaint(trainer, ours), key="metric")
-
-    def _criterion(self, record: SpectrumRecord) -> float:
-        """Return the criterion of a record; NaN if the record lacks what it needs, or the user's function fails."""
-        if isinstance(self.rule, str):
-            rule = RULES[self.rule]
-            complaint = rule.complaint(record)
-            if complaint is not None:
-                self.errors.complain(complaint, key="needs")
-            return rule.score(record)
-        try:
-            return float(self.rule(record))
-        except Exception as error:  # noqa: BLE001 - a user's function, whose failure does not end training
-            message = f"the rule of HessianCheckpoint failed at epoch {record.epoch}: {error!r}"
-            self.errors.complain(message, cause=error)
-            return math.nan

@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.numerics.derivatives.patches import patched
+from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
 from lightning_hesd.training.compat.runs import name_of
 from lightning_hesd.training.folders import exists, is_remote, joined, local_path
@@ -127,6 +129,15 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         """With `save_on_exception`, write the present state under a separate name."""
         with patched(self, "filename", f"{self.filename or DEFAULT_FILENAME}-exception"):
             super().on_exception(trainer, pl_module, exception)
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Delete a checkpoint; one that cannot be deleted stays: this does not end training."""
+        try:
+            super()._remove_checkpoint(trainer, filepath)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # noqa: BLE001 - a plugin of the user's raises what it likes
+            warn(f"{filepath} is not needed any more, but cannot be deleted ({one_line(error)}): delete it yourself.")
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
         """Return whether to delete a checkpoint: only in the callback's folder, and never the resumed one.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_hesd.spectra.record import when
+from lightning_hesd.spectra.validation import first_line
 from lightning_hesd.training import terminal
 from lightning_hesd.training.folders import shown_path
 
@@ -16,14 +18,29 @@ if TYPE_CHECKING:
 def report_pick(trainer: pl.Trainer, checkpoint: CandidateCheckpoint, rule: str) -> None:
     """Name the pick of a rule, given by its title, and its file; say whether Lightning's "best" is that file."""
     source = checkpoint.source
-    pick = "the final weights" if checkpoint.best is None else f"epoch {checkpoint.best.epoch}"
+    pick = "has no pick; the final weights are in"
+    if checkpoint.best is not None:
+        pick = f"picks epoch {checkpoint.best.epoch},"
     rivals = ", ".join(f"{record.epoch}" for record in checkpoint.rivals)
     doubt = f" Within two standard errors of it are epochs {rivals}." if rivals else ""
     line = (
-        f"{source.name if source else 'hesd'}: {rule} picks {pick}, {shown_path(checkpoint.best_model_path)}; "
+        f"{source.name if source else 'hesd'}: {rule} {pick} {shown_path(checkpoint.best_model_path)}; "
         f"{_loading(trainer, checkpoint)}.{doubt}"
     )
     terminal.conclude(trainer, line, printed=source is not None and source.verbose)
+
+
+def why_nothing_was_ranked(checkpoint: CandidateCheckpoint) -> str:
+    """Say why there is no pick, by the latest record."""
+    history = checkpoint.source.history if checkpoint.source is not None else None
+    if not history:
+        return "no epoch was analyzed"
+    record = history[-1]
+    if record.spectrum is None:
+        return f"the analysis {when(record.epoch)} failed: {first_line(record.error)}"
+    if record.spectrum.reason is not None:
+        return f"the spectrum {when(record.epoch)} has no C_t: {record.spectrum.reason}"
+    return "a warning has said why"
 
 
 def _loading(trainer: pl.Trainer, checkpoint: CandidateCheckpoint) -> str:

@@ -1,4 +1,4 @@
-"""The ranking of a HessianCheckpoint: training metric, candidates and pick; its state is read without trust."""
+"""The ranking of a HessianCheckpoint: metric, criterion, candidates and pick; its state is read without trust."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
+    from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.error_policy import ErrorPolicy
 
     Mode = Literal["min", "max"]
     Ties = Literal["first", "metric"]
@@ -38,16 +40,12 @@ STATE = {
     "ranked": each(having({"global_step": integer, "score": number, "mainly_positive": of(bool)})),
     "offered_step": integer,
     "preferred_step": optional(integer),
+    "score_to_rank": optional(number),
     "best_model_path": text,
     "last_model_path": text,
     "dirpath": text,
 }
 """Checks of the state of a HessianCheckpoint."""
-
-
-def completed(state: Any) -> Any:
-    """Return the state of a HessianCheckpoint with the field that an earlier version lacked."""
-    return {"preferred_step": None, **state} if isinstance(state, dict) else state
 
 
 def check_rule(rule: object, ties: Ties | None) -> None:
@@ -170,6 +168,24 @@ class RunRanking:
             Candidate(-1, c["global_step"], c["score"], math.nan, c["mainly_positive"], path="")
             for c in state["ranked"]
         ]
+
+
+# The criterion --------------------------------------------------------------------------------------------------------
+
+
+def criterion_of(record: SpectrumRecord, rule: str | Callable[[SpectrumRecord], float], errors: ErrorPolicy) -> float:
+    """Return the criterion of a record; NaN if the record lacks what it needs, or the user's function fails."""
+    if isinstance(rule, str):
+        complaint = RULES[rule].complaint(record)
+        if complaint is not None:
+            errors.complain(complaint, key="needs")
+        return RULES[rule].score(record)
+    try:
+        return float(rule(record))
+    except Exception as error:  # noqa: BLE001 - a user's function, whose failure does not end training
+        message = f"the rule of HessianCheckpoint failed at epoch {record.epoch}: {error!r}"
+        errors.complain(message, cause=error)
+        return math.nan
 
 
 # The training metric --------------------------------------------------------------------------------------------------

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_hesd.spectra.analysis_lines import time_title
 from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.indicators import LayerIndicators
-from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
+from lightning_hesd.training.history import SpectrumHistory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from lightning_hesd.spectra.assessment import Assessment
@@ -51,11 +51,6 @@ class LoggerOutput:
         """Write the whole history, which has a spectrum, once: at the end of training, or when it has failed."""
 
 
-def title(record: SpectrumRecord) -> str:
-    """Return the time of a record, short."""
-    return "start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
-
-
 def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Draw the figures of the last record, one after the other.
 
@@ -65,10 +60,11 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
     from lightning_hesd import plotting  # noqa: PLC0415 - Matplotlib is slow to import
 
     record = history[-1]
+    when = time_title(record)
     for suffix, spectrum in record.spectra.items():
-        yield f"{suffix}/density_figure", _pixels(plotting.plot_density, spectrum, _framed_axes(), title=title(record))
+        yield f"{suffix}/density_figure", _pixels(plotting.plot_density, spectrum, _framed_axes(), title=when)
         if spectrum.losses_along.size:
-            yield f"{suffix}/losses_along_figure", _pixels(plotting.plot_losses_along, spectrum, title=title(record))
+            yield f"{suffix}/losses_along_figure", _pixels(plotting.plot_losses_along, spectrum, title=when)
     if record.spectrum and record.ggn and record.residual:
         parts = record.spectrum, record.ggn, record.residual
         yield "/decomposition_figure", _pixels(plotting.plot_decomposition, *parts)
@@ -91,10 +87,9 @@ def _pixels(draw: Callable[..., Axes], *arguments: object, **options: object) ->
     from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415 - Matplotlib is slow to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
 
-    from lightning_hesd.plotting import offscreen  # noqa: PLC0415
+    from lightning_hesd.plotting import offscreen_figure  # noqa: PLC0415
 
-    with offscreen():
-        figure: Figure = draw(*arguments, **options).get_figure(root=True)  # type: ignore[assignment]
+    figure = offscreen_figure(draw, *arguments, **options)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     image = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]

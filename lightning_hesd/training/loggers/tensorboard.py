@@ -9,9 +9,10 @@ import numpy as np
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from lightning_hesd.spectra.analysis_lines import time_title
 from lightning_hesd.spectra.payload import PLUGIN_NAME as PAYLOADS
 from lightning_hesd.spectra.payload import RECORD, SELECTION, record_payload, selection_payload, to_json
-from lightning_hesd.training.loggers.output import LoggerOutput, figures, layer_table, title, verdict_text
+from lightning_hesd.training.loggers.output import LoggerOutput, figures, layer_table, verdict_text
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -47,7 +48,7 @@ class TensorBoardOutput(LoggerOutput):
         if record.layers:
             self._writer.add_text(f"{self._name}/layers", layer_table(record), global_step=step)
         if record.assessment is not None:
-            text = verdict_text(record.assessment, title(record))
+            text = verdict_text(record.assessment, time_title(record))
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
 
     def write_failure(self, history: SpectrumHistory, step: int) -> None:

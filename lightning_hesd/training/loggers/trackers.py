@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_hesd.spectra.analysis_lines import time_title
 from lightning_hesd.spectra.assessment import SHORT_CAVEAT
 from lightning_hesd.training.loggers.output import (
     LAYER_COLUMNS,
@@ -15,7 +16,6 @@ from lightning_hesd.training.loggers.output import (
     figures,
     layer_rows,
     saved,
-    title,
     verdict_text,
 )
 
@@ -46,9 +46,9 @@ class WandbOutput(LoggerOutput):
         shown: dict[str, Any] = {}
         for suffix, spectrum in record.spectra.items():
             shown[f"{suffix}/density"] = self._wandb.Histogram(np_histogram=spectrum.histogram())
-            shown[f"{suffix}/density_chart"] = self._chart(spectrum, f"{self._name}{suffix}, {title(record)}")
+            shown[f"{suffix}/density_chart"] = self._chart(spectrum, f"{self._name}{suffix}, {time_title(record)}")
         for tag, image in figures(history):
-            shown[tag] = self._wandb.Image(image, caption=title(record))
+            shown[tag] = self._wandb.Image(image, caption=time_title(record))
         when = [record.epoch, record.global_step]
         if record.layers:
             rows = [[*when, *row] for row in layer_rows(record)]
@@ -98,7 +98,7 @@ class MLflowOutput(LoggerOutput):
             table = csv_text([LAYER_COLUMNS, *layer_rows(record)])
             self._client.log_text(self._run, table, f"{self._name}/layers/{when}.csv")
         if record.assessment is not None:
-            text = verdict_text(record.assessment, title(record))
+            text = verdict_text(record.assessment, time_title(record))
             self._client.log_text(self._run, text, f"{self._name}/assessment/{when}.md")
             self._client.set_tag(self._run, f"{self._name}.criteria", f"{record.assessment.words} ({SHORT_CAVEAT})")
 

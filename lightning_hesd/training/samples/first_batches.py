@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_hesd.numerics.inputs.cuts import attributes
+from lightning_hesd.numerics.isolation.attributes import attributes
 from lightning_hesd.numerics.isolation.containers import PLAIN_TYPES, has_plain_items
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.isolation.tensor_states import is_opaque, size_in_memory
@@ -58,21 +58,14 @@ class _CopiedBatch:
 class FirstBatches:
     """Copies of the first batches of training on this rank, from one epoch at most."""
 
-    def __init__(
-        self, trainer: pl.Trainer, num_samples: float, batch_weight: Weigh | None = None, *, limit: int | None = None
-    ) -> None:
-        """Copy the next batches of training, up to a number of samples on all ranks together.
-
-        `limit` is the maximal size of the copies in bytes, by default by `MAX_COPIED_BYTES` and `MAX_MEMORY_SHARE`.
-        """
-        if limit is None:
-            free = default_budget(torch.device("cpu"), trainer.num_devices) / SHARE_OF_FREE_MEMORY
-            limit = min(MAX_COPIED_BYTES, int(MAX_MEMORY_SHARE * free))
+    def __init__(self, trainer: pl.Trainer, num_samples: float, batch_weight: Weigh | None) -> None:
+        """Copy the next batches of training, up to a number of samples on all ranks together."""
+        free = default_budget(torch.device("cpu"), trainer.num_devices) / SHARE_OF_FREE_MEMORY
         self._rank, self._world_size = trainer.global_rank, trainer.world_size
         self._device = trainer.strategy.root_device
         self._share = num_samples / trainer.world_size
         self._batch_weight = batch_weight
-        self._limit = limit
+        self._limit = min(MAX_COPIED_BYTES, int(MAX_MEMORY_SHARE * free))  # in bytes
         self._copied_batches: list[_CopiedBatch] = []
         self._bytes = 0
         self._pending: _CopiedBatch | None = None
@@ -118,7 +111,11 @@ class FirstBatches:
             on_cpu = move_data_to_device(data, torch.device("cpu"))
             moved = all(isinstance(array, np.ndarray) or array.device.type == "cpu" for array in _arrays(on_cpu))
             data = on_cpu if moved else data
-        read = measure_batch(data, None, self._batch_weight)
+        try:
+            read = measure_batch(data, None, self._batch_weight)
+        except ValueError as error:  # which says what to do
+            msg = f"the training batches cannot be analyzed: {error}"
+            raise NoBatchesError(msg) from error
         if read.size > 0:
             self._bytes += size
             self._pending = _CopiedBatch(read, position, moved)
@@ -143,8 +140,10 @@ class FirstBatches:
         """Return the first copied batches, as `training_step` got them, on the device of training.
 
         Raises:
-            NoBatchesError: If a batch could not be copied.
+            NoBatchesError: If a batch could not be copied, or its size is not known.
         """
+        if isinstance(self._failure, NoBatchesError):
+            raise NoBatchesError(str(self._failure)) from self._failure
         if self._failure is not None:
             msg = (
                 f"the training batches cannot be copied for the analysis ({type(self._failure).__name__}: "

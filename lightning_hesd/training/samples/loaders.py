@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_hesd.numerics.inputs.cuts import attributes
-from lightning_hesd.numerics.isolation.containers import PLAIN_TYPES, has_plain_items
+from lightning_hesd.numerics.isolation.attributes import attributes
+from lightning_hesd.numerics.isolation.containers import LONG_CONTAINER, PLAIN_TYPES, has_plain_items
 from lightning_hesd.numerics.isolation.streams import GENERATORS, STREAMS
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
 from lightning_hesd.training.isolation.kinds import CONTAINERS, is_one_way_iterator
@@ -42,9 +42,6 @@ _SHORT = 100
 
 MAX_COPIED_BYTES = 2**28
 """Size in bytes up to which tensors and arrays are copied; larger ones are taken for data, and shared."""
-
-_LONG = 100
-"""Number of items from which on testing for plain items is faster than visiting the items."""
 
 _ATOMS = (
     *(*PLAIN_TYPES, range, type),
@@ -273,6 +270,6 @@ class _CopyPlan:
 
 def _items(container: Any) -> Iterable[Any]:
     """Return the items of a container; none for a long container of plain values."""
-    if len(container) > _LONG and has_plain_items(container):
+    if len(container) > LONG_CONTAINER and has_plain_items(container):
         return ()
     return [*container, *container.values()] if isinstance(container, dict) else list(container)

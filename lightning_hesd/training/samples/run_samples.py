@@ -196,9 +196,10 @@ class RunSamples:
         found, without = ranks.sum_values([float(len(batches)), float(not batches)])
         if found == 0 or (without and strategies.is_sharded(trainer)):
             msg = (
-                f"there are no samples to analyze yet: those of {type(self._source).__name__} are the first batches of "
-                "training, and there has been none. For other samples, pass the callback `dataloader=`, a loader "
-                "or a list of batches."
+                f"there are no samples to analyze yet: none can be drawn from a {type(self._source).__name__} like the "
+                "training dataloader without taking them away from training, so the first batches of training are the "
+                "samples, and this run has had none so far. For other samples, pass the callback `dataloader=`, a "
+                "loader or a list of batches."
             )
             raise NoBatchesError(msg)
         samples = AnalysisSamples(tuple(batches), None, transferred=True)

@@ -71,6 +71,15 @@ def test_a_few_products_follow_the_largest_eigenvalues(name: str, preconditioned
     assert max(changes) > 1.05 * min(changes), "there is something to follow"
 
 
+def test_many_parameters_in_float32() -> None:
+    """A plain sum of so many squares would be off in the fourth digit."""
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.randn(2**22, generator=torch.Generator().manual_seed(0)))
+    problem = cases.Problem(module, [(torch.zeros(1),)], lambda m, _: m.weight.square().sum())
+    found = measure(SharpnessTracker(), problem)
+    assert (found.lambda_max, found.batch_sharpness) == pytest.approx((2.0, 2.0), rel=3e-6)
+
+
 def test_the_cost_in_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph, a gradient, and a differentiation for each product; the first measurement also verifies them."""
     problem, tracker, cache = cases.make("mlp"), SharpnessTracker(), AnalysisCache()

@@ -18,11 +18,18 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.rules import RULES
+from lightning_hesd.training.checkpoints.placement import keep_weights
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.broken import out_of_luck
 from tests.training.modules import Validated, callback, fit, own_warnings
@@ -157,7 +164,7 @@ def test_of_several_checkpoint_callbacks_of_the_user_lightning_warns(tmp_path: P
     theirs[1].mode = "min"  # so that their states differ
     module, trainer = ScriptedModule(SCRIPT), make_trainer(tmp_path, [*theirs, spectra(checkpoint="highest_c_t")], 1)
     trainer.fit(module, loader())
-    with pytest.raises(UserWarning, match="multiple `ModelCheckpoint` callbacks"):  # an error, unless it is silenced
+    with pytest.warns(UserWarning, match="multiple `ModelCheckpoint` callbacks"):
         trainer.test(module, loader(), ckpt_path="best", verbose=False)
 
 
@@ -206,10 +213,22 @@ def fails_at_epoch_1(record: SpectrumRecord) -> float:
         # Without mainly positive candidates the metric decides.
         ([Epoch(-0.7, loss=0.10), Epoch(-0.9, loss=0.09), Epoch(-0.8, loss=0.2)], "highest_c_t", r"positive \(MP\)", 1),
         # Without anything to rank the final weights are kept.
-        ([Epoch(None), Epoch(math.nan), Epoch(-0.5, error=True)], "highest_c_t", "final weights", 2),
+        (
+            [Epoch(math.nan), Epoch(0, error=True)],
+            "highest_c_t",
+            r"\(the analysis of epoch 1 failed: .*final weights",
+            1,
+        ),
+        (
+            [Epoch(math.nan), Epoch(None)],
+            "highest_c_t",
+            r"epoch \(the spectrum of epoch 0 has no C_t: no curvature\)",
+            1,
+        ),
+        ([Epoch(None)], "highest_c_t", r"\(no epoch was analyzed\)", 0),
         (SCRIPT, fails_at_epoch_1, r"rule of HessianCheckpoint failed at epoch 1.*no luck", 3),
     ],
-    ids=["MN", "nothing", "failure"],
+    ids=["MN", "failed", "undefined", "nothing", "failure"],
 )
 def test_where_a_rule_cannot_decide_it_says_so(
     script: list[Epoch], rule: Any, message: str, expected: int, tmp_path: Path
@@ -438,6 +457,48 @@ def test_a_resumed_run_counts_progress_from_its_first_loss(tmp_path: Path) -> No
         assert resumed.qualified_steps == [6, 8]
 
 
+class KeepingSource(ScriptedSource):
+    """Keeps the weights of its analyses, as HessianSpectrumCallback does."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        keep_weights(trainer, self, pl_module)
+
+
+RISING_AND_FALLING = [Epoch(-0.5), Epoch(-0.1), Epoch(-0.3)]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize("metric", [None, "train_acc"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_resumed_from_the_checkpoint_of_another_callback(
+    tmp_path: Path, metric: str | None, changed: bool
+) -> None:
+    """That callback saves before the pick of the epoch is known, and the file of the pick before it is then deleted."""
+
+    last = tmp_path / "theirs" / "last.ckpt"
+
+    def trained(epochs: int, ckpt_path: Path | None) -> tuple[HessianCheckpoint, list[str]]:
+        own = HessianCheckpoint(train_metric=metric, dirpath=tmp_path / "own")
+        change = LambdaCallback(on_train_epoch_end=lambda _, module: module.weight.data.add_(1.0 if changed else 0.0))
+        theirs = ModelCheckpoint(dirpath=last.parent, save_last=True)
+        source = KeepingSource(RISING_AND_FALLING)
+        with own_warnings() as said:
+            trainer = make_trainer(tmp_path, [source, change, theirs, own], epochs)
+            trainer.fit(ScriptedModule(RISING_AND_FALLING), loader(), ckpt_path=ckpt_path)
+        return own, said
+
+    trained(2, None)
+    own, said = trained(3, last)
+    # Changed weights are not those that were analyzed.
+    assert [c.epoch for c in own.candidates] == [2 if changed else 1]
+    assert any("epoch=0-step=2.ckpt" in text for text in said) is changed
+    if not changed:
+        assert said == []
+        assert epoch_of(own.best_model_path) == 1
+        assert Path(own.best_model_path).name == "hesd-highest_c_t-epoch=1-step=4-v1.ckpt"
+
+
 # A disk that is full --------------------------------------------------------------------------------------------------
 
 
@@ -472,6 +533,33 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, t
     if ranks == 1:
         assert len(told) == 4, "one of the rule's, and last.ckpt three times"
         assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1
+
+
+class Unreliable(TorchCheckpointIO):
+    """Writes all checkpoints but that of the second epoch, and deletes none."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "epoch=1-" in Path(path).name:
+            raise RuntimeError("the storage\ndoes not answer")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if Path(path).exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+
+
+def test_failures_of_a_plugin_do_not_end_training(tmp_path: Path) -> None:
+    script = [Epoch(c_t) for c_t in (-0.5, -0.4, -0.3, -0.2)]
+    rule = HessianCheckpoint(dirpath=tmp_path / "rule")
+    lose = LambdaCallback(on_train_epoch_start=lambda trainer, _: trainer.current_epoch == 3 and third.unlink())
+    third = tmp_path / "rule" / "hesd-highest_c_t-epoch=2-step=6.ckpt"
+    with own_warnings() as said:
+        run_script(tmp_path, script, [ScriptedSource(script), lose, rule], quiet=False, plugins=[Unreliable()])
+    unwritten, undeleted = said
+    assert re.search(r"could not write .*epoch=1-step=4.ckpt \(RuntimeError: the storage does not answer\)", unwritten)
+    assert re.search(r"epoch=0-step=2.ckpt is not needed any more, but cannot be deleted \(.*Permission", undeleted)
+    assert epoch_of(rule.best_model_path) == 3
 
 
 def test_without_room_for_any_file_there_is_no_pick_and_no_training_if_the_callback_is_to_raise(tmp_path: Path) -> None:

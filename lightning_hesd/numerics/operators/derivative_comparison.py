@@ -42,7 +42,7 @@ small. So a share counts only where kinks or rounding hide whether the gradient 
 
 
 @dataclass(frozen=True)
-class Findings:
+class ComparedDerivatives:
     """Result of the comparison in one precision.
 
     Attributes:
@@ -85,66 +85,100 @@ class Findings:
         return abs(claimed - found) / max(abs(claimed), abs(found), math.ulp(0.0))
 
 
-def findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
+class SlopeComparison:
+    """A directional derivative gᵀv, and difference quotients of the loss at descending steps.
+
+    It is compared to each of the `SHARES_OF_RANDOM`, and to the tolerance of its own size.
+    """
+
+    def __init__(self, slope: float, of_random: float, tolerance: float) -> None:
+        """Take gᵀv, the size that it has for a random v, and the tolerance."""
+        self._slope = slope
+        self._by_share = [Comparison(slope, share, abs, scale=of_random) for share in SHARES_OF_RANDOM]
+        self._to_tolerance = Comparison(slope, tolerance, abs)
+        self._quotients: list[float] = []
+
+    def add(self, quotient: float, rounding: float) -> None:
+        """Add the quotient at the next step, with its absolute rounding error."""
+        self._quotients.append(quotient)
+        for comparison in (*self._by_share, self._to_tolerance):
+            comparison.add(quotient, rounding)
+
+    @property
+    def closest(self) -> float:
+        """The quotient that is closest to the derivative."""
+        return min(self._quotients, key=lambda quotient: abs(quotient - self._slope))
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether rounding hides the answer to every share, and to the tolerance."""
+        return all(comparison.is_hidden for comparison in (*self._by_share, self._to_tolerance))
+
+    @property
+    def agrees_to_finest(self) -> bool:
+        """Whether they agree to the smallest share that rounding does not hide."""
+        return next((c.outcome == "agrees" for c in self._by_share if not c.is_hidden), False)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Outcome to the smallest share that has one."""
+        known = (comparison.outcome for comparison in self._by_share if comparison.outcome != "undecided")
+        return next(known, "differs" if self._to_tolerance.outcome == "differs" else "undecided")
+
+
+def compare_derivatives(
+    matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool
+) -> ComparedDerivatives:
     """Compare in the present precision, along one line through the weights."""
     line = Line(matrix, batch, space)
     another, product = _evaluated_again(matrix, batch, line, exact=exact)
     facts = matrix.facts
 
-    epsilon = max(facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
+    epsilon = matrix.epsilon
     tolerance = 2 * epsilon ** (1 / 3)
-    length, claimed = line.length, line.slope
-    claimed_bend = None if product is None else line.along(product)
+    loss_size = abs(line.loss)
+    bend = None if product is None else line.along(product)  # vᵀHv, or vᵀGv
     is_ggn = isinstance(matrix, GaussNewtonMatrix)
-    curves = Comparison(claimed_bend, tolerance, abs) if is_ggn else Comparison(product, tolerance, line.norm)
-    of_random = length / math.sqrt(space.dimension)
-    directional = [Comparison(claimed, share, abs, scale=of_random) for share in SHARES_OF_RANDOM]
-    along = Comparison(claimed, tolerance, abs)
+    products = Comparison(bend, tolerance, abs) if is_ggn else Comparison(product, tolerance, line.norm)
+    slope = SlopeComparison(line.slope, line.length / math.sqrt(space.dimension), tolerance)
     bends: Comparison | None = None
-    quotients: list[float] = []
     changes: list[float] = []
     of_products: Outcome = "agrees"
     size = _size(line)
     longest, *_ = steps = [size * epsilon**exponent for exponent in STEP_EXPONENTS]
     for step in steps:
-        ahead, curve = line.at(step)
-        behind, down = line.at(-step)
-        curve.sub_(down).div_(2 * step)
-        del down  # before the next two gradients
+        ahead, difference = line.at(step)
+        behind, gradient_behind = line.at(-step)
+        difference.sub_(gradient_behind).div_(2 * step)
+        del gradient_behind  # before the next two gradients
         rounding = ROUNDING_UNITS * epsilon / step
         if isinstance(matrix, GaussNewtonMatrix):
-            bend = output_bend(matrix, batch, line, step, longest)
-            curves.add(bend, 4 * ROUNDING_UNITS * epsilon * abs(line.loss) / longest**2)
+            second = output_bend(matrix, batch, line, step, longest)
+            products.add(second, 4 * ROUNDING_UNITS * epsilon * loss_size / longest**2)
         elif product is not None:
-            curves.add(curve, rounding * length)
-        of_products = "agrees" if product is None else curves.outcome
-        quotients.append((ahead - behind) / (2 * step))
+            products.add(difference, rounding * line.length)
+        of_products = "agrees" if product is None else products.outcome
+        slope.add((ahead - behind) / (2 * step), rounding * loss_size)
         changes.append(max(abs(ahead - line.loss), abs(behind - line.loss)))
-        for comparison in (*directional, along):
-            comparison.add(quotients[-1], rounding * abs(line.loss))
-        bends = bends or Comparison(
-            line.along(curve) if claimed_bend is None or is_ggn else claimed_bend, tolerance, abs
-        )
-        bends.add((ahead - 2 * line.loss + behind) / step**2, 4 * rounding * abs(line.loss) / step)
-        finest = next((comparison.outcome for comparison in directional if not comparison.is_hidden), "undecided")
-        if finest == of_products == "agrees":
+        bends = bends or Comparison(line.along(difference) if bend is None or is_ggn else bend, tolerance, abs)
+        bends.add((ahead - 2 * line.loss + behind) / step**2, 4 * rounding * loss_size / step)
+        if slope.agrees_to_finest and of_products == "agrees":
             break
-    told = (comparison.outcome for comparison in directional if comparison.outcome != "undecided")
-    of_gradient: Outcome = next(told, "differs" if along.outcome == "differs" else "undecided")
-    if bends is not None and not facts.is_kinked and all(comparison.is_hidden for comparison in (*directional, along)):
+    of_gradient = slope.outcome
+    if bends is not None and slope.is_hidden and not facts.is_kinked:
         of_gradient = bends.outcome
     is_fine, device = epsilon <= torch.finfo(torch.float64).eps, matrix.parameters[0].device
     is_finest = epsilon <= torch.finfo(finest_dtype(device)).eps
     precision = f"a precision of {epsilon:.1g}" + (f", the finest on {device.type}" if is_finest else "")
     if of_products == "differs" and facts.is_kinked and not is_fine:
         of_products = "undecided"  # no step is short enough: the many kinks on its way look like a curvature
-    return Findings(
+    return ComparedDerivatives(
         of_gradient,
         of_products,
-        (claimed, min(quotients, key=lambda quotient: abs(quotient - claimed))),
-        curves.gap,
+        (line.slope, slope.closest),
+        products.gap,
         0.0 if product is None else line.norm(product),
-        changes[-1] <= max(CONTINUOUS * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
+        changes[-1] <= max(CONTINUOUS * changes[0], ROUNDING_UNITS * epsilon * loss_size) or len(changes) == 1,
         2 * tolerance,  # the tolerance itself, and as much rounding
         is_finest,
         "float64" if is_fine else precision,
