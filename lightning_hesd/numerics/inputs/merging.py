@@ -88,7 +88,7 @@ def _merged_tensors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         msg = "the batches hold tensors of a special kind, or with a graph"
         raise UnmergeableBatchesError(msg)
     rows = {len(tensor) / size if tensor.ndim else 0.0 for tensor, size in zip(tensors, sizes, strict=True)}
-    if len(rows) == 1 and rows.pop() in range(1, 2**31):  # so many rows per sample
+    if len(rows) == 1 and (count := rows.pop()) >= 1 and count.is_integer():  # so many rows per sample
         if len({(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors}) > 1:
             msg = "the samples of the batches differ in shape, dtype or device"
             raise UnmergeableBatchesError(msg)
