@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +12,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.validation import first_invalid_field, one_line
+from lightning_hesd.spectra.validation import first_invalid_field
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
 from lightning_hesd.training.checkpoints.ranking import STATE, completed
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.compat.runs import isolated_saving
 from lightning_hesd.training.compat.strategies import saving_together
 from lightning_hesd.training.error_policy import ErrorPolicy
+from lightning_hesd.training.isolation.isolation import TrainingIsolation
 from lightning_hesd.training.source import only_source, sources_of
 
 if TYPE_CHECKING:
@@ -192,31 +195,29 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         return not fast_dev_run and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """Write a checkpoint; if that fails on one rank, it fails on all."""
-        with saving_together(trainer):
+        """Write a checkpoint; if that fails on one rank, it fails on all.
+
+        Training would not write it, so changes by hooks such as `on_save_checkpoint` are undone before it is written.
+        """
+        isolation = partial(TrainingIsolation().reading, trainer, trainer.lightning_module)
+        with saving_together(trainer), isolated_saving(trainer, isolation):
             super()._save_checkpoint(trainer, filepath)
 
     def is_written(self, name: str, write: Callable[[], None]) -> bool:
-        """Write a file, and return whether that succeeded: a full disk does not end training.
+        """Write a file, and return whether that succeeded: a full disk or a hook that fails does not end training.
 
-        Raises:
-            OSError: If the file cannot be written, and exceptions are to be raised.
+        An exception is raised if exceptions are to be raised.
         """
-        try:
+        with self.errors.guard(f"{self.title} could not write {name}") as attempt:
             write()
-        except OSError as error:
-            if self.errors.raises:
-                raise
-            warn(f"{self.title} could not write {name} ({one_line(error)}).")
-            return False
-        return True
+        return attempt.failure is None
 
     def save_final(self, trainer: pl.Trainer) -> bool:
         """Write the final weights, which take the place of the pick, and return whether that succeeded."""
         names = self._monitor_candidates(trainer)
         names["epoch"] = torch.tensor(max(trainer.current_epoch - 1, 0))  # the Trainer counts the next one already
         path = self._final_path = self.free_path(trainer, names, ())
-        if self.is_written(path, lambda: self._save_checkpoint(trainer, path)):
+        if self.is_written(f"the final weights to {path}", lambda: self._save_checkpoint(trainer, path)):
             return True
         self._final_path = ""
         return False

@@ -126,19 +126,19 @@ def add_result_of_fit(trainer: pl.Trainer, key: str, value: object) -> None:
 
 @contextlib.contextmanager
 def saving_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Let `Trainer.save_checkpoint` raise OSError on all ranks if the file cannot be written on one of them.
+    """Let `Trainer.save_checkpoint` fail on all ranks if the file cannot be written on one of them.
 
     Otherwise the ranks that write nothing would wait for the one that has failed.
     """
     strategy, save, write = trainer.strategy, trainer.save_checkpoint, trainer.strategy.save_checkpoint
 
     def save_together(*args: Any, **kwargs: Any) -> None:
-        failures: list[OSError] = []
+        failures: list[Exception] = []
 
         def attempt(*args: Any, **kwargs: Any) -> None:
             try:
                 write(*args, **kwargs)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - raised below, on all ranks
                 failures.append(error)
 
         with patched(strategy, "save_checkpoint", attempt):

@@ -112,7 +112,8 @@ class Overrides(contextlib.ExitStack):
         attributes = attributes_of(owner)
         for name in names if attributes else ():
             with contextlib.suppress(Exception):  # a method that cannot be read cannot be called
-                self.set(attributes, name, self._silent(getattr(owner, name)))
+                if callable(method := getattr(owner, name)):  # `self.log` may be a logger of Python's
+                    self.set(attributes, name, self._silent(method))
 
     def silence_functions(self, package: str, recorders: Iterable[object]) -> None:
         """Make functions of a package do nothing if they are methods of recorders, or write to a run of their own."""
