@@ -35,6 +35,11 @@ def joined(folder: Location, *names: str) -> str:
     )
 
 
+def folder_of(location: Location) -> str:
+    """Return the folder of a file."""
+    return str(location).rpartition("/")[0] if is_remote(location) else str(local_path(location).parent)
+
+
 def shown_path(location: Location) -> str:
     """Return a location for the terminal: relative to the working directory, if it lies in it."""
     if is_remote(location):

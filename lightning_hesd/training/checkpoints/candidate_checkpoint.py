@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import uuid
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.validation import first_invalid_field
 from lightning_hesd.training.callback_copies import CopiedCallback
-from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, path_now
 from lightning_hesd.training.checkpoints.ranking import STATE, completed
+from lightning_hesd.training.checkpoints.ranking_in_time import end_ranking_before_saves
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
-from lightning_hesd.training.compat.runs import isolated_saving
-from lightning_hesd.training.compat.strategies import saving_together
 from lightning_hesd.training.error_policy import ErrorPolicy
-from lightning_hesd.training.isolation.isolation import TrainingIsolation
+from lightning_hesd.training.folders import folder_of
 from lightning_hesd.training.source import only_source, sources_of
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         errors: Whether failures become warnings or are raised.
         source: The callback whose records are ranked; None: not found yet.
         rule: Name of the rule, or the user's function.
+        writes_candidate: Whether the file of a candidate is being written.
     """
 
     rule: str | Callable[[SpectrumRecord], float]
+    writes_candidate = False
 
-    _final_path = ""
+    _final_path = _resumed_dirpath = ""
 
     def __init__(self, ranking: RunRanking, **kwargs: Any) -> None:
         """Begin without candidates; `kwargs` are arguments of ModelCheckpoint."""
@@ -133,10 +135,18 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._analyzed.keep(weights)
 
     def forget_missing_files(self, trainer: pl.Trainer) -> None:
-        """Drop the candidates of a resumed run whose files are gone or overwritten, the same on every rank."""
-        gone = [c.path for c in self.candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
-        if gone := trainer.strategy.broadcast(gone):
-            self._update([c for c in self.candidates if c.path not in gone], self._ranking.best_score)
+        """Drop the candidates of a resumed run whose files are gone or overwritten, the same on every rank.
+
+        A folder that was moved has them at the same places within it.
+        """
+        moves = [(self._resumed_dirpath, folder) for folder in (self.dirpath, folder_of(trainer.ckpt_path or ""))]
+        paths = [path_now(c.path, c.mark, moves) for c in self.candidates] if trainer.is_global_zero else []
+        paths = trainer.strategy.broadcast(paths)
+        found = [replace(c, path=path) for c, path in zip(self.candidates, paths, strict=True) if path]
+        gone = [c.path for c, path in zip(self.candidates, paths, strict=True) if not path]
+        if found != self.candidates:
+            self._update(found, self._ranking.best_score)
+        if gone:
             warn(
                 "checkpoints of earlier candidates are gone, cannot be reached or were overwritten, and cannot be "
                 f"picked any more: {', '.join(gone)}."
@@ -159,11 +169,12 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         # leaves a file too many rather than one too few.
         state = self.state_dict()
         self._update(kept, best)
-        if latest in kept and not self.is_written(
-            path, lambda: self._analyzed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
-        ):
-            self._load(state)
-            return None
+        with patched(self, "writes_candidate", value=True):
+            if latest in kept and not self.is_written(
+                path, lambda: self._analyzed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
+            ):
+                self._load(state)
+                return None
         for candidate in before:
             if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
@@ -193,15 +204,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """Return whether this is training, in which checkpoints are written."""
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         return not fast_dev_run and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """Write a checkpoint; if that fails on one rank, it fails on all.
-
-        Training would not write it, so changes by hooks such as `on_save_checkpoint` are undone before it is written.
-        """
-        isolation = partial(TrainingIsolation().reading, trainer, trainer.lightning_module)
-        with saving_together(trainer), isolated_saving(trainer, isolation):
-            super()._save_checkpoint(trainer, filepath)
 
     def is_written(self, name: str, write: Callable[[], None]) -> bool:
         """Write a file, and return whether that succeeded: a full disk or a hook that fails does not end training.
@@ -235,6 +237,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let the original show the pick of this copy, also when the fit fails, and name it."""
+        end_ranking_before_saves(trainer)
         super().on_exception(trainer, pl_module, exception)
         self.show_in_original()
         with self.errors.guard("cannot name the pick", "warn"):  # another exception would replace the first
@@ -242,6 +245,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bring the pick to the process that started the fit, if this one ends with the fit."""
+        end_ranking_before_saves(trainer)
         super().teardown(trainer, pl_module, stage)
         if stage == TrainerFn.FITTING:
             self.send_results(trainer)
@@ -284,7 +288,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
                 "missing or invalid. Resume with another `tolerance`, which starts a new ranking."
             )
             raise ValueError(msg)
-        self._is_resumed = True
+        self._is_resumed, self._resumed_dirpath = True, state_dict["dirpath"]
         self._load(state_dict)
 
     def _load(self, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCh
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import prefix
 from lightning_hesd.training.checkpoints.pick_report import report_pick
 from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric, check_rule
+from lightning_hesd.training.checkpoints.ranking_in_time import rank_all, rank_before_saves
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.runs import name_of
@@ -48,7 +49,6 @@ class HessianCheckpoint(CandidateCheckpoint):
 
     A checkpoint has the weights that were analyzed, also if a callback or the module's `on_train_epoch_end` changes
     them in between. Without a `filename`, files are called `hesd-<rule>-epoch=<epoch>-step=<step>.ckpt`.
-
     Pass it as `HessianSpectrumCallback(checkpoint=...)`, or in the Trainer's `callbacks` beside the one
     HessianSpectrumCallback. It stands before the ModelCheckpoint that Lightning adds by itself, so that
     `trainer.test(ckpt_path="best")` uses it. It stands after every other one, so that `trainer.checkpoint_callback` and
@@ -170,18 +170,19 @@ class HessianCheckpoint(CandidateCheckpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Rank an analysis made after this step, if its training metric is logged already."""
-        self._rank_latest(trainer)
+        self.rank_latest(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, *_args: Any) -> None:
         """Rank an analysis made after the last step: that of an epoch comes only after its validation."""
-        self._rank_latest(trainer)
+        self.rank_latest(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rank an analysis made after this epoch, and write last.ckpt."""
         self._begin(trainer, pl_module)
-        saved = self._rank_latest(trainer)
+        saved = self.rank_latest(trainer)
         self._pass_over_latest(trainer)
         if self.save_last and self.may_save(trainer):
+            rank_all(trainer)
             # A link can only point to a file of this very state of the weights, so that it never dangles.
             with patched(self, "save_last", self.save_last if saved else True):
                 names = self._monitor_candidates(trainer)
@@ -194,10 +195,8 @@ class HessianCheckpoint(CandidateCheckpoint):
                 "none of the epochs with nearly the best training metric has a mainly positive (MP) spectrum, so "
                 f"{self.title} took the best training metric; `require_mp=False` ranks MN spectra too."
             )
-        if not self.may_save(trainer):
-            return
         is_refused = self.source is None or self.source.refusal is not None  # a warning has said so
-        if not self.candidates and self.save_final(trainer) and not is_refused:
+        if self.may_save(trainer) and not self.candidates and self.save_final(trainer) and not is_refused:
             warn(
                 f"{self.title} could rank no analyzed epoch; its best_model_path is the checkpoint of the final "
                 f"weights, {self.best_model_path}."
@@ -214,6 +213,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         if self._has_names:
             return
         self._has_names = True
+        rank_before_saves(trainer)
         self.choose_names(trainer)
         self.errors.restart()
         if self.source is not None:
@@ -237,7 +237,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         is_defined = record.spectrum is not None and not math.isnan(record.spectrum.c_t)
         return record if is_defined and self.may_save(trainer) else None
 
-    def _rank_latest(self, trainer: pl.Trainer) -> bool:
+    def rank_latest(self, trainer: pl.Trainer) -> bool:
         """Rank the latest record once its metric is known; return whether its weights were saved and are unchanged."""
         record = self._latest(trainer)
         if record is None or record.spectrum is None:

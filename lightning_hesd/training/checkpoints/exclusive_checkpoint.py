@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
@@ -17,8 +18,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
-from lightning_hesd.training.compat.runs import name_of
+from lightning_hesd.training.compat.runs import isolated_saving, name_of
+from lightning_hesd.training.compat.strategies import saving_together
 from lightning_hesd.training.folders import exists, is_remote, joined, local_path
+from lightning_hesd.training.isolation.isolation import TrainingIsolation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -123,6 +126,15 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         others = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
         return [c for c in others if hasattr(c, "dirpath") and hasattr(c, "best_k_models")]
 
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Write a checkpoint; if that fails on one rank, it fails on all.
+
+        Training would not write it, so changes by hooks such as `on_save_checkpoint` are undone before it is written.
+        """
+        isolation = partial(TrainingIsolation().reading, trainer, trainer.lightning_module)
+        with saving_together(trainer), isolated_saving(trainer, isolation):
+            super()._save_checkpoint(trainer, filepath)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """With `save_on_exception`, write the present state under a separate name."""
         with patched(self, "filename", f"{self.filename or DEFAULT_FILENAME}-exception"):
@@ -194,6 +206,18 @@ def _split(template: str, auto_insert_metric_name: bool) -> list[str]:  # noqa: 
 def _matches(texts: Sequence[str], others: Sequence[str]) -> bool:
     """Return whether a template, given by its texts, can give a name of another template."""
     return re.fullmatch(".*".join(map(re.escape, texts)) + r"(-v\d+)?", "0".join(others)) is not None
+
+
+def path_now(path: str, mark: str, moves: Iterable[tuple[str, Any]]) -> str:
+    """Return the path of a checkpoint file with a mark, also if its folder was moved; empty if there is none.
+
+    A move is a folder, and what it may be now.
+    """
+    paths = [path]
+    for old, new in moves if mark else ():
+        if lies_in(path, old, ""):
+            paths.append(joined(str(new), *path.removeprefix(old).strip("/\\").split("/")))
+    return next((path for path in paths if is_written_as(path, mark)), "")
 
 
 def is_written_as(path: str, mark: str) -> bool:

@@ -26,7 +26,16 @@ from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.broken import out_of_luck
 from tests.training.modules import Validated, callback, fit, own_warnings
-from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, epoch_of, loader, make_trainer, run_script
+from tests.training.scripted import (
+    Epoch,
+    ScriptedModule,
+    ScriptedSource,
+    epoch_of,
+    keeping,
+    loader,
+    make_trainer,
+    run_script,
+)
 
 
 @contextlib.contextmanager
@@ -494,3 +503,24 @@ def test_a_mock_of_a_checkpoint_callback_is_no_neighbor(tmp_path: Path) -> None:
     trainer = fit(tmp_path, observer, mock, enable_checkpointing=True)
     assert trainer.state.finished
     assert Path(observer.checkpoint.best_model_path).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning", "ignore:The dirpath has changed")
+def test_a_run_resumed_from_a_checkpoint_of_another_callback_knows_all_candidates(tmp_path: Path) -> None:
+    """Others save first; and a whole run may be moved to another folder."""
+    script = [Epoch(-0.3), Epoch(-0.1), Epoch(-0.2)]
+
+    def run(folder: Path, epochs: int, **options: Any) -> list[HessianCheckpoint]:
+        rules = [keeping(), HessianCheckpoint("highest_c_t", train_metric="train_acc", tolerance=1.0)]
+        last = ModelCheckpoint(folder / "own", save_last=True)
+        trainer = make_trainer(folder, [last, ScriptedSource(script), *rules], epochs)
+        trainer.fit(ScriptedModule(script), loader(), **options)
+        assert "save_checkpoint" not in vars(trainer)
+        return rules
+
+    first = run(tmp_path / "first", 2)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    resumed = run(tmp_path / "moved", 3, ckpt_path=tmp_path / "moved" / "own" / "last.ckpt")
+    for before, rule, left in zip(first, resumed, ([0], [1]), strict=True):
+        assert [epoch_of(c.path) for c in rule.candidates] == left
+        assert Path(rule.best_model_path).name == Path(before.best_model_path).name
