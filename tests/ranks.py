@@ -27,6 +27,9 @@ class StandIn(DistributedCollectives):
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
 
 class Meeting:
     """Where threads that stand for ranks exchange values."""
@@ -51,8 +54,7 @@ class ThreadRank(DistributedCollectives):
         self.rank, self.size = rank, meeting.barrier.parties
         self._meeting = meeting
 
-    def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Return the values of all ranks."""
+    def gather(self, value: Any) -> list[Any]:
         return self._meeting.exchange(self.rank, value)
 
     def sum(self, tensor: Tensor) -> Tensor:
