@@ -20,7 +20,7 @@ from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
 from lightning_hesd.training.compat.runs import isolated_saving, name_of
 from lightning_hesd.training.compat.strategies import saving_together
-from lightning_hesd.training.folders import exists, is_remote, joined, local_path
+from lightning_hesd.training.folders import absolute, exists, is_remote, joined, local_path
 from lightning_hesd.training.isolation.isolation import TrainingIsolation
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         if stage == TrainerFn.FITTING:
             self._has_names = False
         super().setup(trainer, pl_module, stage)
-        self._found["dirpath"] = self.dirpath
+        self.dirpath = self._found["dirpath"] = absolute(str(self.dirpath))
 
     def _as_given(self, name: str) -> Any:
         """Return the user's value of an attribute, which this callback has set for the last run."""

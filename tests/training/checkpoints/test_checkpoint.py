@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import re
 import tempfile
 import warnings
@@ -18,12 +19,18 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.rules import RULES
-from lightning_hesd.training.history import SpectrumRecord
+from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.training.broken import out_of_luck
 from tests.training.modules import Validated, callback, fit, own_warnings
 from tests.training.scripted import (
@@ -524,3 +531,12 @@ def test_a_run_resumed_from_a_checkpoint_of_another_callback_knows_all_candidate
     for before, rule, left in zip(first, resumed, ([0], [1]), strict=True):
         assert [epoch_of(c.path) for c in rule.candidates] == left
         assert Path(rule.best_model_path).name == Path(before.best_model_path).name
+
+
+def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    away = LambdaCallback(on_train_epoch_end=lambda *_: os.chdir(tmp_path.parent))
+    observer = callback(checkpoint=keeping(), num_samples=8, steps=2)
+    fit(Path("run"), observer, away, enable_checkpointing=True)
+    assert {Path(c.path).is_file() for c in observer.checkpoint.candidates} == {True}
+    assert len(SpectrumHistory.load(tmp_path / "run")) == 2
