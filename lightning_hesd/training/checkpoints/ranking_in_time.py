@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+NAME = "save_checkpoint"
+"""The Trainer's method."""
+
 
 class _RankingSave:
     """A Trainer's `save_checkpoint`, before which all rules rank.
@@ -16,6 +19,7 @@ class _RankingSave:
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
+        self.own = vars(trainer).get(NAME)  # in the place of the method
         self._trainer = trainer
         self._save = trainer.save_checkpoint
 
@@ -34,11 +38,12 @@ def rank_all(trainer: pl.Trainer) -> None:
 
 def rank_before_saves(trainer: pl.Trainer) -> None:
     """Let all rules rank before each checkpoint of a run."""
-    if not isinstance(vars(trainer).get("save_checkpoint"), _RankingSave):
-        vars(trainer)["save_checkpoint"] = _RankingSave(trainer)
+    if not isinstance(vars(trainer).get(NAME), _RankingSave):
+        vars(trainer)[NAME] = _RankingSave(trainer)
 
 
 def end_ranking_before_saves(trainer: pl.Trainer) -> None:
     """Restore the Trainer's `save_checkpoint`."""
-    if isinstance(vars(trainer).get("save_checkpoint"), _RankingSave):
-        del vars(trainer)["save_checkpoint"]
+    if isinstance(save := vars(trainer).get(NAME), _RankingSave):
+        del vars(trainer)[NAME]
+        vars(trainer).update({} if save.own is None else {NAME: save.own})
