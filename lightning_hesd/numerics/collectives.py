@@ -118,7 +118,7 @@ class DistributedCollectives(Collectives):
         dist.broadcast_object_list(values, 0, self._group, self.device)
         return values[0]
 
-    def gather(self, value: T) -> list[T]:
+    def gather_objects(self, value: T) -> list[T]:
         """Return the values of all ranks, which may be any objects."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self._group)
@@ -134,6 +134,7 @@ class DistributedCollectives(Collectives):
             failure = error
         if self.any(failure is not None):
             failure = None if isinstance(failure, AnotherRankFailedError) else failure
-            causes = self.gather(failure and f"rank {self.rank}: {type(failure).__name__}: {one_line(failure)}")
+            cause = f"rank {self.rank}: {type(failure).__name__}: {one_line(failure)}" if failure else ""
+            causes = self.gather_objects(cause)
             raise failure or AnotherRankFailedError(next(filter(None, causes), ""))
         return result  # type: ignore[return-value]

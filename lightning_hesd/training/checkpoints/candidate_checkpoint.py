@@ -15,7 +15,7 @@ from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.validation import first_invalid_field
 from lightning_hesd.training.callback_copies import CopiedCallback
-from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, path_now
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_overwritten, path_now
 from lightning_hesd.training.checkpoints.ranking import STATE, completed
 from lightning_hesd.training.checkpoints.ranking_in_time import end_ranking_before_saves
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
@@ -176,7 +176,8 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
                 self._load(state)
                 return None
         for candidate in before:
-            if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
+            is_ours = candidate not in kept and not is_overwritten(candidate.path, candidate.mark)
+            if is_ours and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
         self.show_in_original()
         return latest

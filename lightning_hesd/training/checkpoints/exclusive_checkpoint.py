@@ -10,7 +10,7 @@ import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -220,6 +220,20 @@ def path_now(path: str, mark: str, moves: Iterable[tuple[str, Any]]) -> str:
     return next((path for path in paths if is_written_as(path, mark)), "")
 
 
+def _file_with_mark(path: str) -> str:
+    is_sharded = not is_remote(path) and local_path(path).is_dir()
+    return joined(path, SHARDED_METADATA) if is_sharded else path
+
+
+def is_overwritten(path: str, mark: str) -> bool:
+    """Return whether a complete checkpoint file has lost its mark: another run has written to the same path."""
+    if not exists(path) or is_written_as(path, mark):
+        return False
+    path = _file_with_mark(path)
+    with get_filesystem(path).open(path, "rb") as file:
+        return is_zipfile(file)  # or else a thread is still writing it
+
+
 def is_written_as(path: str, mark: str) -> bool:
     """Return whether a checkpoint file exists and has its mark: another run may have written to the same path.
 
@@ -227,8 +241,7 @@ def is_written_as(path: str, mark: str) -> bool:
     """
     if not exists(path):
         return False
-    if not is_remote(path) and local_path(path).is_dir():
-        path = joined(path, SHARDED_METADATA)
+    path = _file_with_mark(path)
     if not mark or not exists(path):
         return True
     with get_filesystem(path).open(path, "rb") as file:

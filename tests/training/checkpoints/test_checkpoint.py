@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -540,3 +541,18 @@ def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.Mo
     fit(Path("run"), observer, away, enable_checkpointing=True)
     assert {Path(c.path).is_file() for c in observer.checkpoint.candidates} == {True}
     assert len(SpectrumHistory.load(tmp_path / "run")) == 2
+
+
+def test_files_of_another_run_in_the_same_folder_stay_and_are_told_from_the_pick(tmp_path: Path) -> None:
+    """Two runs at the same time find the same paths free."""
+    script, rule = [Epoch(-0.3), Epoch(-0.2), Epoch(-0.1)], HessianCheckpoint("highest_c_t", tolerance=1.0)
+
+    def overwrite(trainer: pl.Trainer, *_: Any) -> None:
+        if rule.best_model_path and trainer.current_epoch != 2:
+            torch.save({"of": "another run"}, rule.best_model_path)
+
+    other = LambdaCallback(on_train_epoch_start=overwrite, on_train_end=overwrite)
+    with warns("epoch=2-step=6.ckpt is the file of the pick, and another run has overwritten it"):
+        run_script(tmp_path, script, [ScriptedSource(script), other, rule], quiet=False)
+    files = list(Path(rule.dirpath).glob("hesd*"))
+    assert [torch.load(path).get("of") for path in files] == ["another run"] * 2, "epochs 0 and 2"
