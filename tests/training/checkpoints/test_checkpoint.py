@@ -534,9 +534,24 @@ def test_a_run_resumed_from_a_checkpoint_of_another_callback_knows_all_candidate
         assert Path(rule.best_model_path).name == Path(before.best_model_path).name
 
 
+class Away(pl.Callback):
+    """Changes the working directory after the first epoch, and is not comparable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        os.chdir(self.folder)
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError(type(other))
+
+    __hash__ = object.__hash__
+
+
 def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    away = LambdaCallback(on_train_epoch_end=lambda *_: os.chdir(tmp_path.parent))
+    away = Away(tmp_path.parent)
     observer = callback(checkpoint=keeping(), num_samples=8, steps=2)
     fit(Path("run"), observer, away, enable_checkpointing=True)
     assert {Path(c.path).is_file() for c in observer.checkpoint.candidates} == {True}
