@@ -54,6 +54,10 @@ class ThreadRank(DistributedCollectives):
         self.rank, self.size = rank, meeting.barrier.parties
         self._meeting = meeting
 
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Return the values of all ranks, as torchmetrics asks for them."""
+        return self.gather_objects(value)
+
     def gather_objects(self, value: Any) -> list[Any]:
         return self._meeting.exchange(self.rank, value)
 
