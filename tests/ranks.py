@@ -27,6 +27,9 @@ class StandIn(DistributedCollectives):
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
 
 class Meeting:
     """Where threads that stand for ranks exchange values."""
@@ -52,17 +55,20 @@ class ThreadRank(DistributedCollectives):
         self._meeting = meeting
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Return the values of all ranks."""
+        """Return the values of all ranks, as torchmetrics asks for them."""
+        return self.gather_objects(value)
+
+    def gather_objects(self, value: Any) -> list[Any]:
         return self._meeting.exchange(self.rank, value)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self.gather(tensor.clone())).sum(dim=0)
+        return torch.stack(self.gather_objects(tensor.clone())).sum(dim=0)
 
     def max(self, value: float) -> float:
-        return max(self.gather(value))
+        return max(self.gather_objects(value))
 
     def broadcast(self, value: Any) -> Any:
-        return self.gather(value)[0]
+        return self.gather_objects(value)[0]
 
 
 def in_threads(ranks: int, work: Callable[[Any], Any]) -> list[Any]:

@@ -356,7 +356,6 @@ def ranking(folder: Path) -> dict[str, Any]:
         "ranked": [{"global_step": 8, "score": -0.5, "mainly_positive": True}],
         "offered_step": 8,
         "preferred_step": 8,
-        "score_to_rank": None,
         "best_model_path": candidate["path"],
         "last_model_path": "",
         "dirpath": str(folder),

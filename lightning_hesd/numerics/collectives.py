@@ -12,6 +12,7 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from lightning_hesd.numerics.devices import to_device
+from lightning_hesd.spectra.validation import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ T = TypeVar("T")
 class AnotherRankFailedError(RuntimeError):
     """This rank has not failed, but another one has, so that their common result cannot be computed."""
 
-    def __init__(self) -> None:
-        super().__init__("the analysis failed on another rank, whose own message names the cause")
+    def __init__(self, cause: str = "") -> None:
+        super().__init__(f"the analysis failed on another rank{f' ({cause})' if cause else ''}")
 
 
 class Collectives:
@@ -117,6 +118,12 @@ class DistributedCollectives(Collectives):
         dist.broadcast_object_list(values, 0, self._group, self.device)
         return values[0]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the values of all ranks, which may be any objects."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, self._group)
+        return values
+
     @override
     def run_together(self, function: Callable[[], T]) -> T:
         result: T | None = None
@@ -126,5 +133,8 @@ class DistributedCollectives(Collectives):
         except Exception as error:  # noqa: BLE001 - raised again below, after the other ranks have learned of it
             failure = error
         if self.any(failure is not None):
-            raise failure or AnotherRankFailedError
+            failure = None if isinstance(failure, AnotherRankFailedError) else failure
+            cause = f"rank {self.rank}: {type(failure).__name__}: {one_line(failure)}" if failure else ""
+            causes = self.gather_objects(cause)
+            raise failure or AnotherRankFailedError(next(filter(None, causes), ""))
         return result  # type: ignore[return-value]

@@ -59,7 +59,7 @@ def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list
     """
     by_callback: dict[str, dict[int, Payload]] = {}
     for selection in selections:
-        # A resumed run may rank the state that it begins with again.
+        # A run that was killed and resumed ranks states again.
         by_callback.setdefault(selection["key"], {})[selection["global_step"]] = selection
     found = [_of_callback(list(made.values())) for made in by_callback.values()]
     used = {decision["rule"] for decision in found}

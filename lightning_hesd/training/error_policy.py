@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -91,8 +92,11 @@ class ErrorPolicy:
         return f"{type(error).__name__}: {error}"
 
     def report(self, message: str, error: Exception) -> None:
-        """Warn of a failure; a fault of the loss that was warned of in this run is information only."""
-        kind = type(error)
-        say = messages.inform if kind in self._warned and isinstance(error, FAULTS_OF_THE_LOSS) else messages.warn
-        self._warned.add(kind)
+        """Warn of a failure; information only if a message in this run has differed in its numbers at most.
+
+        So does one of another fault of the loss of the same type.
+        """
+        key = type(error) if isinstance(error, FAULTS_OF_THE_LOSS) else re.sub(r"\d+", "", message)
+        say = messages.inform if key in self._warned else messages.warn
+        self._warned.add(key)
         say(message)

@@ -28,11 +28,21 @@ def local_path(location: Location) -> Path:
     return Path(str(location).removeprefix("file://"))
 
 
+def absolute(location: Location) -> str:
+    """Return a location that stays the same if the working directory changes, as a training script may do."""
+    return str(location) if is_remote(location) else str(local_path(location).absolute())
+
+
 def joined(folder: Location, *names: str) -> str:
     """Return the location of a file in a folder, given the names on the way."""
     return (
         "/".join([str(folder).rstrip("/"), *names]) if is_remote(folder) else str(local_path(folder).joinpath(*names))
     )
+
+
+def folder_of(location: Location) -> str:
+    """Return the folder of a file."""
+    return str(location).rpartition("/")[0] if is_remote(location) else str(local_path(location).parent)
 
 
 def shown_path(location: Location) -> str:

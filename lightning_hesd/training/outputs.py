@@ -15,7 +15,7 @@ from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.spectra.selection import loss_tolerance
 from lightning_hesd.training.compat import logged_metrics, messages, runs
 from lightning_hesd.training.compat.namespaces import lightning_types
-from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
+from lightning_hesd.training.folders import absolute, append, joined, read_text, remove, write_text
 from lightning_hesd.training.gradient_monitor import likely_causes
 from lightning_hesd.training.loggers import make_outputs
 from lightning_hesd.training.run_facts import run_facts
@@ -64,7 +64,7 @@ class RunOutputs:
         if not trainer.is_global_zero or fast_dev_run:
             self.close()
             return
-        self.folder = joined(run_folder, self._name)
+        self.folder = absolute(joined(run_folder, self._name))
         self._loggers = make_outputs(trainer.loggers, self._name)
         self._rewind_selections(self.folder, trainer.global_step if history.is_in(self.folder) else 0)
         self._charted = names if names[0] == self._name else ()

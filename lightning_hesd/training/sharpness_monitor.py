@@ -255,7 +255,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, full: Spectrum | None) -> TrackedRecord:
         read, reason = read_stability(trainer.optimizers, trainer.global_step)
         if reason is not None:
-            words = f"`{self.name}/headroom` is not known, and there is no alarm: {reason}."
+            words = f"`{self.name}/headroom` is not known, and there is no alarm: {reason.rstrip('.')}."
             self.errors.complain(words, key="stability", harmless=True)
         diagonals = None if read is None or read.is_identity else read.named(pl_module)
         analysis = Analysis("tracking", partial(self._tracker.measure, preconditioner=diagonals))

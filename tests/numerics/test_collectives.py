@@ -38,9 +38,10 @@ def test_a_failure_on_one_rank_is_raised_on_all(failing: list[int]) -> None:
         try:
             return f"returns {ranks.run_together(function)}"
         except (KeyError, AnotherRankFailedError) as error:
-            return type(error).__name__
+            return f"{type(error).__name__}: {error}"
 
-    own = {rank: "KeyError" if rank in failing else "AnotherRankFailedError" for rank in range(3)}
+    others = f"AnotherRankFailedError: the analysis failed on another rank (rank {min(failing, default=0)}: KeyError: "
+    own = {rank: f"KeyError: {rank}" if rank in failing else f"{others}{min(failing, default=0)})" for rank in range(3)}
     assert in_threads(3, work) == [own[rank] if failing else f"returns {rank}" for rank in range(3)]
 
 

@@ -45,7 +45,14 @@ def test_a_fault_of_the_loss_is_warned_of_once_in_a_run(kind: type[Exception]) -
     error = kind("wrong", 1.0) if kind.__name__ == "WrongDerivativeError" else kind("changed")
     for _ in range(2):
         assert [len(said(lambda: fail(policy, error))) for _ in range(3)] == [1, 0, 0]
-        assert [len(said(lambda: fail(policy, OSError()))) for _ in range(2)] == [1, 1]
+        policy.restart()
+
+
+def test_what_fails_again_is_warned_of_once_in_a_run_whatever_its_numbers() -> None:
+    policy = ErrorPolicy("warn")
+    texts = ["the loss of batch 0 is nan", "the loss of batch 12 is nan", "no room"]
+    for _ in range(2):
+        assert [len(said(lambda: fail(policy, OSError(text)))) for text in texts] == [1, 0, 1]  # noqa: B023 - at once
         policy.restart()
 
 

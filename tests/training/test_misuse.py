@@ -211,10 +211,10 @@ def test_a_failure_warns_and_training_goes_on(name: str, tmp_path: Path) -> None
         trainer = fit(tmp_path, observer, enable_checkpointing=True)
     if name == "unreadable_data":  # which is missed at the start already
         assert "cannot draw the analysis samples, will try again" in messages.pop(0)
-    assert len(messages) == 2
     assert [record.spectrum for record in observer.history] == [None, None]
-    for record, text in zip(observer.history, messages, strict=True):
-        assert text == f"lightning_hesd: the analysis of epoch {record.epoch} failed, training goes on. {record.error}"
+    error_of = observer.history[0].error
+    assert messages == [f"lightning_hesd: the analysis of epoch 0 failed, training goes on. {error_of}"]
+    for record in observer.history:
         assert re.match(f"{error.__name__}: .*{message}", record.error)
     assert trainer.state.finished
     assert trainer.global_step == 10

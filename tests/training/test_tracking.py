@@ -295,7 +295,7 @@ def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypat
     monkeypatch.setattr("lightning_hesd.training.loggers.trackers.MLflowOutput.write", fail)
     with pytest.warns(RuntimeWarning, match="server gone") as caught:
         train(tmp_path, [mlflow, wandb], observer)
-    assert sum("server gone" in str(warning.message) for warning in caught) == EPOCHS
+    assert sum("server gone" in str(warning.message) for warning in caught) == 1
     files = WandbFiles(wandb)
     assert list(files.values("λ (all)/density")) == STEPS
     assert_same(files.history(tmp_path / "artifact"), observer.history)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.validation import first_invalid_field, one_line
+from lightning_hesd.spectra.validation import first_invalid_field
 from lightning_hesd.training.callback_copies import CopiedCallback
-from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_overwritten, path_now
 from lightning_hesd.training.checkpoints.ranking import STATE
+from lightning_hesd.training.checkpoints.ranking_in_time import end_ranking_before_saves
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
-from lightning_hesd.training.compat.strategies import saving_together
 from lightning_hesd.training.error_policy import ErrorPolicy
+from lightning_hesd.training.folders import folder_of
 from lightning_hesd.training.source import only_source, sources_of
 
 if TYPE_CHECKING:
@@ -41,11 +44,13 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         errors: Whether failures become warnings or are raised.
         source: The callback whose records are ranked; None: not found yet.
         rule: Name of the rule, or the user's function.
+        writes_candidate: Whether the file of a candidate is being written.
     """
 
     rule: str | Callable[[SpectrumRecord], float]
+    writes_candidate = False
 
-    _final_path = ""
+    _final_path = _resumed_dirpath = ""
 
     def __init__(self, ranking: RunRanking, **kwargs: Any) -> None:
         """Begin without candidates; `kwargs` are arguments of ModelCheckpoint."""
@@ -55,7 +60,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._analyzed = AnalyzedSaving(self.errors)
         self.source: SpectrumSource | None = None
         self._stage = "fit"
-        self._score_to_rank: float | None = None  # of an analysis that was not ranked before the run was resumed
         self.begin_copies()
 
     @property
@@ -131,10 +135,18 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._analyzed.keep(weights)
 
     def forget_missing_files(self, trainer: pl.Trainer) -> None:
-        """Drop the candidates of a resumed run whose files are gone or overwritten, the same on every rank."""
-        gone = [c.path for c in self.candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
-        if gone := trainer.strategy.broadcast(gone):
-            self._update([c for c in self.candidates if c.path not in gone], self._ranking.best_score)
+        """Drop the candidates of a resumed run whose files are gone or overwritten, the same on every rank.
+
+        A folder that was moved has them at the same places within it.
+        """
+        moves = [(self._resumed_dirpath, folder) for folder in (self.dirpath, folder_of(trainer.ckpt_path or ""))]
+        paths = [path_now(c.path, c.mark, moves) for c in self.candidates] if trainer.is_global_zero else []
+        paths = trainer.strategy.broadcast(paths)
+        found = [replace(c, path=path) for c, path in zip(self.candidates, paths, strict=True) if path]
+        gone = [c.path for c, path in zip(self.candidates, paths, strict=True) if not path]
+        if found != self.candidates:
+            self._update(found, self._ranking.best_score)
+        if gone:
             warn(
                 "checkpoints of earlier candidates are gone, cannot be reached or were overwritten, and cannot be "
                 f"picked any more: {', '.join(gone)}."
@@ -147,10 +159,8 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
         Of score and criterion, higher is better. Return their entry in the ranking; None if the file was not written.
         """
-        before, names = self.candidates, self._monitor_candidates(trainer)
-        if self._is_resumed:
-            names["epoch"] = torch.tensor(record.epoch)  # the Trainer counts the next one already
-        path = self.free_path(trainer, names, [c.path for c in before])
+        before = self.candidates
+        path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])
         mark: str = trainer.strategy.broadcast(uuid.uuid4().hex)
         mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
         latest = Candidate(record.epoch, record.global_step, score, criterion, mainly_positive, path, mark)
@@ -159,13 +169,15 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         # leaves a file too many rather than one too few.
         state = self.state_dict()
         self._update(kept, best)
-        if latest in kept and not self.is_written(
-            path, lambda: self._analyzed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
-        ):
-            self._load(state)
-            return None
+        with patched(self, "writes_candidate", value=True):
+            if latest in kept and not self.is_written(
+                path, lambda: self._analyzed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
+            ):
+                self._load(state)
+                return None
         for candidate in before:
-            if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
+            is_ours = candidate not in kept and not is_overwritten(candidate.path, candidate.mark)
+            if is_ours and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
         self.show_in_original()
         return latest
@@ -194,32 +206,21 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         return not fast_dev_run and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """Write a checkpoint; if that fails on one rank, it fails on all."""
-        with saving_together(trainer):
-            super()._save_checkpoint(trainer, filepath)
-
     def is_written(self, name: str, write: Callable[[], None]) -> bool:
-        """Write a file, and return whether that succeeded: a full disk does not end training.
+        """Write a file, and return whether that succeeded: a full disk or a hook that fails does not end training.
 
-        Raises:
-            OSError: If the file cannot be written, and exceptions are to be raised.
+        An exception is raised if exceptions are to be raised.
         """
-        try:
+        with self.errors.guard(f"{self.title} could not write {name}") as attempt:
             write()
-        except OSError as error:
-            if self.errors.raises:
-                raise
-            warn(f"{self.title} could not write {name} ({one_line(error)}).")
-            return False
-        return True
+        return attempt.failure is None
 
     def save_final(self, trainer: pl.Trainer) -> bool:
         """Write the final weights, which take the place of the pick, and return whether that succeeded."""
         names = self._monitor_candidates(trainer)
         names["epoch"] = torch.tensor(max(trainer.current_epoch - 1, 0))  # the Trainer counts the next one already
         path = self._final_path = self.free_path(trainer, names, ())
-        if self.is_written(path, lambda: self._save_checkpoint(trainer, path)):
+        if self.is_written(f"the final weights to {path}", lambda: self._save_checkpoint(trainer, path)):
             return True
         self._final_path = ""
         return False
@@ -237,6 +238,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let the original show the pick of this copy, also when the fit fails, and name it."""
+        end_ranking_before_saves(trainer)
         super().on_exception(trainer, pl_module, exception)
         self.show_in_original()
         with self.errors.guard("cannot name the pick", "warn"):  # another exception would replace the first
@@ -244,6 +246,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bring the pick to the process that started the fit, if this one ends with the fit."""
+        end_ranking_before_saves(trainer)
         super().teardown(trainer, pl_module, stage)
         if stage == TrainerFn.FITTING:
             self.send_results(trainer)
@@ -264,7 +267,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """Return the candidates as plain values."""
         return {
             **self._ranking.state_dict(),
-            "score_to_rank": None,
             "best_model_path": self.best_model_path,
             "last_model_path": self.last_model_path,
             "dirpath": str(self.dirpath),
@@ -286,9 +288,8 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
                 "missing or invalid. Resume with another `tolerance`, which starts a new ranking."
             )
             raise ValueError(msg)
-        self._is_resumed = True
+        self._is_resumed, self._resumed_dirpath = True, state_dict["dirpath"]
         self._load(state_dict)
-        self._score_to_rank = state_dict["score_to_rank"]
 
     def _load(self, state: dict[str, Any]) -> None:
         self._ranking.load_state_dict(state)

@@ -15,6 +15,7 @@ from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCh
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import prefix
 from lightning_hesd.training.checkpoints.pick_report import report_pick, why_nothing_was_ranked
 from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric, check_rule, criterion_of
+from lightning_hesd.training.checkpoints.ranking_in_time import rank_all, rank_before_saves
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.runs import name_of
@@ -48,7 +49,6 @@ class HessianCheckpoint(CandidateCheckpoint):
 
     A checkpoint has the weights that were analyzed, also if a callback or the module's `on_train_epoch_end` changes
     them in between. Without a `filename`, files are called `hesd-<rule>-epoch=<epoch>-step=<step>.ckpt`.
-
     Pass it as `HessianSpectrumCallback(checkpoint=...)`, or in the Trainer's `callbacks` beside the one
     HessianSpectrumCallback. It stands before the ModelCheckpoint that Lightning adds by itself, so that
     `trainer.test(ckpt_path="best")` uses it. It stands after every other one, so that `trainer.checkpoint_callback` and
@@ -170,18 +170,19 @@ class HessianCheckpoint(CandidateCheckpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_args: Any, **_kwargs: Any) -> None:
         """Rank an analysis made after this step, if its training metric is logged already."""
-        self._rank_latest(trainer)
+        self.rank_latest(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, *_args: Any) -> None:
         """Rank an analysis made after the last step: that of an epoch comes only after its validation."""
-        self._rank_latest(trainer)
+        self.rank_latest(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rank an analysis made after this epoch, and write last.ckpt."""
         self._begin(trainer, pl_module)
-        saved = self._rank_latest(trainer)
+        saved = self.rank_latest(trainer)
         self._pass_over_latest(trainer)
         if self.save_last and self.may_save(trainer):
+            rank_all(trainer)
             # A link can only point to a file of this very state of the weights, so that it never dangles.
             with patched(self, "save_last", self.save_last if saved else True):
                 names = self._monitor_candidates(trainer)
@@ -194,21 +195,12 @@ class HessianCheckpoint(CandidateCheckpoint):
                 "none of the epochs with nearly the best training metric has a mainly positive (MP) spectrum, so "
                 f"{self.title} took the best training metric; `require_mp=False` ranks MN spectra too."
             )
-        if not self.may_save(trainer):
-            return
         is_refused = self.source is None or self.source.refusal is not None  # a warning has said so
-        if not self.candidates and self.save_final(trainer) and not is_refused:
+        if self.may_save(trainer) and not self.candidates and self.save_final(trainer) and not is_refused:
             warn(
                 f"{self.title} could rank no analyzed epoch ({why_nothing_was_ranked(self)}); its best_model_path is "
                 f"the checkpoint of the final weights, {self.best_model_path}."
             )
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep a score in checkpoints that are written before it is ranked: a run resumed from one ranks it then."""
-        record, state = self._latest(trainer), checkpoint.get("callbacks", {}).get(self.state_key)
-        if record is None or record.spectrum is None or state is None or not self._analyzed.is_present(pl_module):
-            return
-        state["score_to_rank"] = self._metric.score(trainer, record.spectrum)
 
     def report(self, trainer: pl.Trainer) -> None:
         """Name the pick and its file at the end of a run."""
@@ -221,6 +213,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         if self._has_names:
             return
         self._has_names = True
+        rank_before_saves(trainer)
         self.choose_names(trainer)
         self.errors.restart()
         if self.source is not None:
@@ -229,10 +222,8 @@ class HessianCheckpoint(CandidateCheckpoint):
         if trainer.global_step == 0:
             self.forget_run()
         elif self._is_resumed:
-            if self._score_to_rank is not None:
-                self._rank_latest(trainer, self._score_to_rank)
             self.forget_missing_files(trainer)
-        self._is_resumed, self._score_to_rank = False, None
+        self._is_resumed = False
         self._ranking.offered_step = trainer.global_step  # earlier records were ranked or passed over
 
     # Ranking --------------------------------------------------------------------------------------------------------
@@ -246,16 +237,12 @@ class HessianCheckpoint(CandidateCheckpoint):
         is_defined = record.spectrum is not None and not math.isnan(record.spectrum.c_t)
         return record if is_defined and self.may_save(trainer) else None
 
-    def _rank_latest(self, trainer: pl.Trainer, score: float | None = None) -> bool:
-        """Rank the latest record once its metric is known; return whether its weights were saved and are unchanged.
-
-        `score` is that of a record from before the run was resumed.
-        """
+    def rank_latest(self, trainer: pl.Trainer) -> bool:
+        """Rank the latest record once its metric is known; return whether its weights were saved and are unchanged."""
         record = self._latest(trainer)
         if record is None or record.spectrum is None:
             return False
-        if score is None:
-            score = trainer.strategy.broadcast(self._metric.score(trainer, record.spectrum))
+        score: float | None = trainer.strategy.broadcast(self._metric.score(trainer, record.spectrum))
         if score is None:
             return False
         ranking = self._ranking

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,8 +20,10 @@ from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
-from lightning_hesd.training.compat.runs import name_of
-from lightning_hesd.training.folders import exists, is_remote, joined, local_path
+from lightning_hesd.training.compat.runs import isolated_saving, name_of
+from lightning_hesd.training.compat.strategies import saving_together
+from lightning_hesd.training.folders import absolute, exists, is_remote, joined, local_path
+from lightning_hesd.training.isolation.isolation import TrainingIsolation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -70,7 +73,7 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         if stage == TrainerFn.FITTING:
             self._has_names = False
         super().setup(trainer, pl_module, stage)
-        self._found["dirpath"] = self.dirpath
+        self.dirpath = self._found["dirpath"] = absolute(str(self.dirpath))
 
     def _as_given(self, name: str) -> Any:
         """Return the user's value of an attribute, which this callback has set for the last run."""
@@ -124,6 +127,15 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         kinds = lightning_types("callbacks.ModelCheckpoint")
         others = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
         return [c for c in others if hasattr(c, "dirpath") and hasattr(c, "best_k_models")]
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Write a checkpoint; if that fails on one rank, it fails on all.
+
+        Training would not write it, so changes by hooks such as `on_save_checkpoint` are undone before it is written.
+        """
+        isolation = partial(TrainingIsolation().reading, trainer, trainer.lightning_module)
+        with saving_together(trainer), isolated_saving(trainer, isolation):
+            super()._save_checkpoint(trainer, filepath)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """With `save_on_exception`, write the present state under a separate name."""
@@ -207,6 +219,32 @@ def _matches(texts: Sequence[str], others: Sequence[str]) -> bool:
     return re.fullmatch(".*".join(map(re.escape, texts)) + r"(-v\d+)?", "0".join(others)) is not None
 
 
+def path_now(path: str, mark: str, moves: Iterable[tuple[str, Any]]) -> str:
+    """Return the path of a checkpoint file with a mark, also if its folder was moved; empty if there is none.
+
+    A move is a folder, and what it may be now.
+    """
+    paths = [path]
+    for old, new in moves if mark else ():
+        if lies_in(path, old, ""):
+            paths.append(joined(str(new), *path.removeprefix(old).strip("/\\").split("/")))
+    return next((path for path in paths if is_written_as(path, mark)), "")
+
+
+def _file_with_mark(path: str) -> str:
+    is_sharded = not is_remote(path) and local_path(path).is_dir()
+    return joined(path, SHARDED_METADATA) if is_sharded else path
+
+
+def is_overwritten(path: str, mark: str) -> bool:
+    """Return whether a complete checkpoint file has lost its mark: another run has written to the same path."""
+    if not exists(path) or is_written_as(path, mark):
+        return False
+    path = _file_with_mark(path)
+    with get_filesystem(path).open(path, "rb") as file:
+        return is_zipfile(file)  # or else a thread is still writing it
+
+
 def is_written_as(path: str, mark: str) -> bool:
     """Return whether a checkpoint file exists and has its mark: another run may have written to the same path.
 
@@ -214,8 +252,7 @@ def is_written_as(path: str, mark: str) -> bool:
     """
     if not exists(path):
         return False
-    if not is_remote(path) and local_path(path).is_dir():
-        path = joined(path, SHARDED_METADATA)
+    path = _file_with_mark(path)
     if not mark or not exists(path):
         return True
     with get_filesystem(path).open(path, "rb") as file:

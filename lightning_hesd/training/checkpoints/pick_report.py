@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from lightning_hesd.spectra.record import when
 from lightning_hesd.spectra.validation import first_line
 from lightning_hesd.training import terminal
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_overwritten
+from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.folders import shown_path
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ def report_pick(trainer: pl.Trainer, checkpoint: CandidateCheckpoint, rule: str)
         f"{source.name if source else 'hesd'}: {rule} {pick} {shown_path(checkpoint.best_model_path)}; "
         f"{_loading(trainer, checkpoint)}.{doubt}"
     )
+    if checkpoint.best is not None and is_overwritten(checkpoint.best.path, checkpoint.best.mark):
+        warn(
+            f"{checkpoint.best.path} is the file of the pick, and another run has overwritten it: give each run a "
+            "folder of its own, by a logger, `default_root_dir` or `dirpath`."
+        )
     terminal.conclude(trainer, line, printed=source is not None and source.verbose)
 
 

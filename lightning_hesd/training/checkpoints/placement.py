@@ -74,7 +74,7 @@ def insert_checkpoint(
             raise MisconfigurationException(msg)
         warn(f"{problem}the checkpoints of the rule are written all the same; pass `checkpoint=None` to have none.")
     callbacks = callbacks_of(trainer)
-    if checkpoint not in callbacks:
+    if not any(callback is checkpoint for callback in callbacks):  # those of users may not be comparable
         checkpoint.setup(trainer, pl_module, stage)
         replace_callbacks(trainer, [*callbacks, checkpoint])
 
@@ -104,15 +104,15 @@ def order_checkpoints(trainer: pl.Trainer) -> None:
     says which of them is "best".
     """
     callbacks = callbacks_of(trainer)
-    own = [checkpoint for source in sources_of(trainer) for checkpoint in source.checkpoints]
-    others = [checkpoint for checkpoint in trainer.checkpoint_callbacks if checkpoint not in own]
+    own = {id(checkpoint) for source in sources_of(trainer) for checkpoint in source.checkpoints}
+    others = [checkpoint for checkpoint in trainer.checkpoint_callbacks if id(checkpoint) not in own]
     if own and len(others) <= 1:
         silence_several_checkpoints()
     is_alone = len(others) == 1 and _is_made_without_arguments(trainer, others[0])
 
     def place(checkpoint: pl.Callback) -> int:
         if isinstance(checkpoint, HessianCheckpoint):
-            return 1 if checkpoint in own else 2
+            return 1 if id(checkpoint) in own else 2
         return 3 if is_alone or not hasattr(checkpoint, "best_model_path") else 0
 
     checkpoints = sorted(trainer.checkpoint_callbacks, key=place)

@@ -40,7 +40,6 @@ STATE = {
     "ranked": each(having({"global_step": integer, "score": number, "mainly_positive": of(bool)})),
     "offered_step": integer,
     "preferred_step": optional(integer),
-    "score_to_rank": optional(number),
     "best_model_path": text,
     "last_model_path": text,
     "dirpath": text,

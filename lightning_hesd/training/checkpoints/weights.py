@@ -188,10 +188,6 @@ class AnalyzedSaving:
         """Release the weights."""
         self._weights, self._changes = None, UNCHANGED
 
-    def is_present(self, module: nn.Module) -> bool:
-        """Return whether the module has the analyzed weights on this rank."""
-        return self._weights is None or not self._weights.changes(module).names
-
     def compare(self, trainer: pl.Trainer, epoch: int) -> Changes:
         """Return how the weights have changed since their analysis, the same on all ranks, and report it."""
         if self._weights is not None:

@@ -63,6 +63,14 @@ class _WatchedHook:
         return result
 
 
+def batches_of_epoch(trainer: pl.Trainer) -> float:
+    """Return the number of batches on which each rank trains in an epoch; training may end within the first one."""
+    batches: float = trainer.num_training_batches
+    if trainer.max_steps < 0 or not trainer.lightning_module.automatic_optimization:
+        return batches
+    return min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
+
+
 def combined_like_training(trainer: pl.Trainer, loaders: Any) -> CombinedLoader:
     """Return one loader that combines several as training does."""
     combined = trainer.fit_loop._combined_loader  # noqa: SLF001

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_hesd.training.compat.namespaces import namespace_of
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -31,9 +33,9 @@ def log_scalars(
 ) -> None:
     """Log scalars to `trainer.callback_metrics`, every logger and, those with keys `in_bar`, the progress bar.
 
-    At the end of an epoch, in `on_train_epoch_end`, the module's own `log` does that. At other times Lightning would
-    send them to the loggers only at multiples of `log_every_n_steps` or at the end of the epoch, so the loggers get
-    them directly.
+    At the end of an epoch, in `on_train_epoch_end`, Lightning's `log` does that, and not the module's own, which may
+    rename metrics, count them or take other arguments. At other times Lightning would send them to the loggers only at
+    multiples of `log_every_n_steps` or at the end of the epoch, so the loggers get them directly.
     """
     if trainer.barebones:
         return
@@ -42,8 +44,9 @@ def log_scalars(
             for key in values:
                 advice = re.escape(f"It is recommended to use `self.log({key!r}, ..., sync_dist=True)`")
                 warnings.filterwarnings("ignore", message=advice)
+        kind = namespace_of(pl_module).LightningModule
         for key, value in values.items():
-            pl_module.log(key, value, on_step=False, on_epoch=True, prog_bar=key in in_bar, batch_size=1)
+            kind.log(pl_module, key, value, on_step=False, on_epoch=True, prog_bar=key in in_bar, batch_size=1)
         return
     tensors = {key: torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
     trainer.callback_metrics.update(tensors)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.folders import joined
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -56,6 +60,22 @@ def looks_before_the_epoch_ends(trainer: pl.Trainer, callback: ModelCheckpoint |
     if after_epochs is None:
         after_epochs = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
     return not after_epochs
+
+
+@contextlib.contextmanager
+def isolated_saving(
+    trainer: pl.Trainer, isolation: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Put checkpoints together, for which Lightning calls hooks and `state_dict` of all objects, in a context."""
+    connector = trainer._checkpoint_connector  # noqa: SLF001
+    dump = connector.dump_checkpoint
+
+    def isolated_dump(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        with isolation():
+            return dump(*args, **kwargs)
+
+    with patched(connector, "dump_checkpoint", isolated_dump):
+        yield
 
 
 def batches_begun(trainer: pl.Trainer) -> int:

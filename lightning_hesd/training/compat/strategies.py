@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_hesd.numerics.collectives import LOCAL, Collectives, DistributedCollectives
 from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
-from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def add_result_of_fit(trainer: pl.Trainer, key: str, value: object) -> None:
 
 @contextlib.contextmanager
 def saving_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Let `Trainer.save_checkpoint` raise OSError on all ranks if the file cannot be written on one of them.
+    """Let `Trainer.save_checkpoint` fail on all ranks if the file cannot be written on one of them.
 
     Otherwise the ranks that write nothing would wait for the one that has failed. What writes the file may be a plugin
     of the user's, which raises what it likes.
@@ -146,19 +145,8 @@ def saving_together(trainer: pl.Trainer) -> Iterator[None]:
         with patched(strategy, "save_checkpoint", attempt):
             save(*args, **kwargs)
         if collectives_of(trainer).any(bool(failures)):
-            raise _as_os_error(failures[0] if failures else None)
+            raise failures[0] if failures else OSError("another process could not write the checkpoint")
 
     # A strategy for sharded parameters writes on all ranks, which wait for each other while they write.
     with contextlib.nullcontext() if is_sharded(trainer) else patched(trainer, "save_checkpoint", save_together):
         yield
-
-
-def _as_os_error(failure: Exception | None) -> OSError:
-    """Return the failure to write a file on this rank, or on another one, as an OSError."""
-    if failure is None:
-        return OSError("another process could not write the checkpoint")
-    if isinstance(failure, OSError):
-        return failure
-    error = OSError(f"{type(failure).__name__}: {one_line(failure)}")
-    error.__cause__ = failure
-    return error

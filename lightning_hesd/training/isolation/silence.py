@@ -69,8 +69,11 @@ def _recorders(trainer: pl.Trainer, reachable: ReachableObjects) -> Iterator[Any
     seen: list[object] = [None]
     global_run = getattr(sys.modules.get("wandb"), "run", None)
     for recorder in [*trainer.loggers, *reachable.recorders, global_run]:
-        # The Trainer's loggers have their experiments by now; asking other loggers might create one.
-        in_use = recorder.experiment if recorder in trainer.loggers else attributes_of(recorder).get("_experiment")
+        # The Trainer's loggers have their experiments by now, if any; asking other loggers might create one.
+        in_use = attributes_of(recorder).get("_experiment")
+        if recorder in trainer.loggers:
+            with contextlib.suppress(Exception):
+                in_use = recorder.experiment
         for part in (recorder, in_use):
             if not any(part is other for other in seen):
                 seen.append(part)
@@ -112,7 +115,8 @@ class Overrides(contextlib.ExitStack):
         attributes = attributes_of(owner)
         for name in names if attributes else ():
             with contextlib.suppress(Exception):  # a method that cannot be read cannot be called
-                self.set(attributes, name, self._silent(getattr(owner, name)))
+                if callable(method := getattr(owner, name)):  # `self.log` may be a logger of Python's
+                    self.set(attributes, name, self._silent(method))
 
     def silence_functions(self, package: str, recorders: Iterable[object]) -> None:
         """Make functions of a package do nothing if they are methods of recorders, or write to a run of their own."""

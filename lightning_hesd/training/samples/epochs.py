@@ -150,8 +150,13 @@ def epochs(
         full = batch_sampler.drop_last and batch_size is None
         return RandomEpoch(keys, batch_size or size, max(int(steps), 1), seed, full=full)
 
+    if type(sampler) is not SequentialSampler:
+        return [random_batches]
+    reached = min(max_batches * batch_sampler.batch_size, len(sampler.data_source))
+    if replicas == 1 and reached <= num_samples:  # the very batches of each epoch, on which the loss may depend
+        return [from_sampler]
     # Perhaps only consecutive samples can be collated, such as those of equal length.
-    return [random_batches, from_sampler] if type(sampler) is SequentialSampler else [random_batches]
+    return [random_batches, from_sampler]
 
 
 _ELEMENTARY_SAMPLERS = {SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler}

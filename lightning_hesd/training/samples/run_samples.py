@@ -214,7 +214,7 @@ class RunSamples:
             return draw_samples(
                 self._source,
                 self._num_samples,
-                max_batches=None if own else trainer.num_training_batches,
+                max_batches=None if own else dataloading.batches_of_epoch(trainer),
                 batch_size=self._batch_size,
                 batch_weight=self._batch_weight,
                 seed=self._seed,

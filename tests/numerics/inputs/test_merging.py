@@ -43,6 +43,9 @@ def test_rows_of_samples_are_concatenated_and_common_tensors_must_be_equal() -> 
     assert whole.data[1].tolist() == common.tolist()
     with pytest.raises(UnmergeableBatchesError, match="neither of samples nor equal"):
         merged(batches([torch.zeros(2), common], [torch.zeros(3), 2 * common]))
+    # The parts of rows or of a scalar for a sample, the same in all batches, are no number of rows.
+    part = [torch.zeros(2), common, torch.tensor(0.5)]
+    assert [len(part) for part in merged(batches(part, part, sizes=(2, 2))).data[:2]] == [4, 7]
 
 
 def test_scalars_and_shorter_tensors_that_are_equal_are_common() -> None:

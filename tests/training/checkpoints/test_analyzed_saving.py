@@ -14,7 +14,16 @@ from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from tests.training import scripted
-from tests.training.modules import Classifier, callback, fit, freeze, loader, own_warnings, plain_loss
+from tests.training.modules import (
+    Classifier,
+    callback,
+    fit,
+    freeze,
+    global_generators,
+    loader,
+    own_warnings,
+    plain_loss,
+)
 
 EPOCHS = 3
 STEPS = 5
@@ -187,3 +196,30 @@ def test_weights_alone_are_the_analyzed_ones_too(tmp_path: Path) -> None:
         saved = torch.load(candidate.path, weights_only=True)
         assert "optimizer_states" not in saved
         assert freeze(saved["state_dict"]) == freeze(witness.analyzed[candidate.epoch])
+
+
+class Saved(Classifier):
+    """Does what it should not when it is saved, and fails in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saves = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.saves += 1
+        self.net[0].bias.data += torch.rand(6)
+        if self.saves > 1 or self.current_epoch > 0:
+            msg = "cannot be saved"
+            raise ValueError(msg)
+
+
+def test_saving_changes_no_training_and_may_fail(tmp_path: Path) -> None:
+    """Without the rule, training would call no hook of saving."""
+    fit(tmp_path / "without", module=(plain := Saved()), max_epochs=2)
+    before = global_generators()
+    spectra = observer(rule := HessianCheckpoint(require_mp=False, tolerance=9.0, save_last=True))
+    with own_warnings() as said:
+        fit(tmp_path / "with", spectra, module=(module := Saved()), max_epochs=2)
+    assert (freeze(copied(module)), module.saves, global_generators()) == (freeze(copied(plain)), 0, before)
+    assert sum("ValueError: cannot be saved" in text for text in said) == 2, "the second epoch of rule and last.ckpt"
+    assert [c.epoch for c in rule.candidates] == [0]

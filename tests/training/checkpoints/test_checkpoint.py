@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import re
 import tempfile
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -30,10 +32,19 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.training.checkpoints.placement import keep_weights
-from lightning_hesd.training.history import SpectrumRecord
+from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.training.broken import out_of_luck
 from tests.training.modules import Validated, callback, fit, own_warnings
-from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, epoch_of, loader, make_trainer, run_script
+from tests.training.scripted import (
+    Epoch,
+    ScriptedModule,
+    ScriptedSource,
+    epoch_of,
+    keeping,
+    loader,
+    make_trainer,
+    run_script,
+)
 
 
 @contextlib.contextmanager
@@ -469,18 +480,14 @@ RISING_AND_FALLING = [Epoch(-0.5), Epoch(-0.1), Epoch(-0.3)]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-@pytest.mark.parametrize("metric", [None, "train_acc"])
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_run_resumed_from_the_checkpoint_of_another_callback(
-    tmp_path: Path, metric: str | None, changed: bool
-) -> None:
+def test_a_run_resumed_from_the_checkpoint_of_another_callback_after_weights_have_changed(tmp_path: Path) -> None:
     """That callback saves before the pick of the epoch is known, and the file of the pick before it is then deleted."""
 
     last = tmp_path / "theirs" / "last.ckpt"
 
     def trained(epochs: int, ckpt_path: Path | None) -> tuple[HessianCheckpoint, list[str]]:
-        own = HessianCheckpoint(train_metric=metric, dirpath=tmp_path / "own")
-        change = LambdaCallback(on_train_epoch_end=lambda _, module: module.weight.data.add_(1.0 if changed else 0.0))
+        own = HessianCheckpoint(dirpath=tmp_path / "own")
+        change = LambdaCallback(on_train_epoch_end=lambda _, module: module.weight.data.add_(1.0))
         theirs = ModelCheckpoint(dirpath=last.parent, save_last=True)
         source = KeepingSource(RISING_AND_FALLING)
         with own_warnings() as said:
@@ -490,13 +497,9 @@ def test_a_run_resumed_from_the_checkpoint_of_another_callback(
 
     trained(2, None)
     own, said = trained(3, last)
-    # Changed weights are not those that were analyzed.
-    assert [c.epoch for c in own.candidates] == [2 if changed else 1]
-    assert any("epoch=0-step=2.ckpt" in text for text in said) is changed
-    if not changed:
-        assert said == []
-        assert epoch_of(own.best_model_path) == 1
-        assert Path(own.best_model_path).name == "hesd-highest_c_t-epoch=1-step=4-v1.ckpt"
+    assert [c.epoch for c in own.candidates] == [1]
+    assert not any("gone" in text for text in said)
+    assert Path(own.best_model_path).name == "hesd-highest_c_t-epoch=1-step=4.ckpt"
 
 
 # A disk that is full --------------------------------------------------------------------------------------------------
@@ -531,7 +534,7 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, t
     assert Path(rule.best_model_path).is_file()
     told = [text for text in said if "could not write" in text]
     if ranks == 1:
-        assert len(told) == 4, "one of the rule's, and last.ckpt three times"
+        assert len(told) == 2, "one of the rule's, and of last.ckpt the first of three"
         assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1
 
 
@@ -557,7 +560,7 @@ def test_failures_of_a_plugin_do_not_end_training(tmp_path: Path) -> None:
     with own_warnings() as said:
         run_script(tmp_path, script, [ScriptedSource(script), lose, rule], quiet=False, plugins=[Unreliable()])
     unwritten, undeleted = said
-    assert re.search(r"could not write .*epoch=1-step=4.ckpt \(RuntimeError: the storage does not answer\)", unwritten)
+    assert re.search(r"could not write .*epoch=1-step=4.ckpt. RuntimeError: the storage does not answer", unwritten)
     assert re.search(r"epoch=0-step=2.ckpt is not needed any more, but cannot be deleted \(.*Permission", undeleted)
     assert epoch_of(rule.best_model_path) == 3
 
@@ -582,3 +585,63 @@ def test_a_mock_of_a_checkpoint_callback_is_no_neighbor(tmp_path: Path) -> None:
     trainer = fit(tmp_path, observer, mock, enable_checkpointing=True)
     assert trainer.state.finished
     assert Path(observer.checkpoint.best_model_path).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning", "ignore:The dirpath has changed")
+def test_a_run_resumed_from_a_checkpoint_of_another_callback_knows_all_candidates(tmp_path: Path) -> None:
+    """Others save first; and a whole run may be moved to another folder."""
+    script = [Epoch(-0.3), Epoch(-0.1), Epoch(-0.2)]
+
+    def run(folder: Path, epochs: int, **options: Any) -> list[HessianCheckpoint]:
+        rules = [keeping(), HessianCheckpoint("highest_c_t", train_metric="train_acc", tolerance=1.0)]
+        last = ModelCheckpoint(folder / "own", save_last=True)
+        trainer = make_trainer(folder, [last, ScriptedSource(script), *rules], epochs)
+        trainer.fit(ScriptedModule(script), loader(), **options)
+        assert "save_checkpoint" not in vars(trainer)
+        return rules
+
+    first = run(tmp_path / "first", 2)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    resumed = run(tmp_path / "moved", 3, ckpt_path=tmp_path / "moved" / "own" / "last.ckpt")
+    for before, rule, left in zip(first, resumed, ([0], [1]), strict=True):
+        assert [epoch_of(c.path) for c in rule.candidates] == left
+        assert Path(rule.best_model_path).name == Path(before.best_model_path).name
+
+
+class Away(pl.Callback):
+    """Changes the working directory after the first epoch, and is not comparable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        os.chdir(self.folder)
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError(type(other))
+
+    __hash__ = object.__hash__
+
+
+def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    away = Away(tmp_path.parent)
+    observer = callback(checkpoint=keeping(), num_samples=8, steps=2)
+    fit(Path("run"), observer, away, enable_checkpointing=True)
+    assert {Path(c.path).is_file() for c in observer.checkpoint.candidates} == {True}
+    assert len(SpectrumHistory.load(tmp_path / "run")) == 2
+
+
+def test_files_of_another_run_in_the_same_folder_stay_and_are_told_from_the_pick(tmp_path: Path) -> None:
+    """Two runs at the same time find the same paths free."""
+    script, rule = [Epoch(-0.3), Epoch(-0.2), Epoch(-0.1)], HessianCheckpoint("highest_c_t", tolerance=1.0)
+
+    def overwrite(trainer: pl.Trainer, *_: Any) -> None:
+        if rule.best_model_path and trainer.current_epoch != 2:
+            torch.save({"of": "another run"}, rule.best_model_path)
+
+    other = LambdaCallback(on_train_epoch_start=overwrite, on_train_end=overwrite)
+    with warns("epoch=2-step=6.ckpt is the file of the pick, and another run has overwritten it"):
+        run_script(tmp_path, script, [ScriptedSource(script), other, rule], quiet=False)
+    files = list(Path(rule.dirpath).glob("hesd*"))
+    assert [torch.load(path).get("of") for path in files] == ["another run"] * 2, "epochs 0 and 2"

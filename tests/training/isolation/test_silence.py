@@ -1,5 +1,6 @@
 """Loggers stay what they are in an analysis, and get nothing from it, by whatever way they are written to."""
 
+import logging
 import os
 import signal
 import threading
@@ -125,6 +126,35 @@ def test_loggers_get_nothing_from_an_analysis(
     assert all(seen == facts[0][0] for seen in facts[1]), "the same as in training"
     assert [record.error for record in observer.history] == [None] * analyses
     assert "never printed" not in capsys.readouterr().out
+
+
+class OwnLog(Classifier):
+    """Has a logger of Python's in the place of Lightning's method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: Any = logging.getLogger("own")  # type: ignore[method-assign]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log.debug("batch %d", batch_idx)
+        return plain_loss(self, batch)
+
+
+class BareLogger(Logger):
+    """Has what Lightning asks of a logger, which includes no experiment."""
+
+    name = version = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log nothing."""
+
+    log_hyperparams = log_metrics
+
+
+def test_a_log_of_the_module_s_own_is_neither_replaced_nor_used(tmp_path: Path) -> None:
+    observer = callback(num_samples=8, steps=2)
+    trainer = fit(tmp_path, observer, module=OwnLog(), max_epochs=1, logger=BareLogger())
+    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(observer.history[0].spectrum.c_t)
 
 
 class LogsFromThread(pl.Callback):

@@ -73,6 +73,17 @@ def test_positions_are_those_that_training_reaches() -> None:
     assert {batch.position for batch in draw_samples(distributed, SIZE).batches} == set(range(10))
 
 
+def test_batches_in_order_are_those_of_training_if_all_are_analyzed(tmp_path: Path) -> None:
+    """Also if training ends within its first epoch."""
+    for options, batches in (({"max_epochs": 1}, 5), ({"max_steps": 2, "accumulate_grad_batches": 2}, 4)):
+        observer = callback(steps=2, num_samples=SIZE)
+        fit(tmp_path, observer, data=loader(batch_size=8), **options)
+        drawn = observer._recorder.state_dict()["training"]["indices"]
+        assert drawn == list(range(8 * batches))
+    part = draw_samples(loader(batch_size=8), 16)
+    assert part.indices != tuple(range(16)), "of more samples, random ones"
+
+
 class Identities(Sampler[int]):
     """Positions in the order P x K: four identities (position modulo ten), two samples of each, per batch of eight."""
 
