@@ -560,7 +560,7 @@ def test_failures_of_a_plugin_do_not_end_training(tmp_path: Path) -> None:
     with own_warnings() as said:
         run_script(tmp_path, script, [ScriptedSource(script), lose, rule], quiet=False, plugins=[Unreliable()])
     unwritten, undeleted = said
-    assert re.search(r"could not write .*epoch=1-step=4.ckpt. RuntimeError: the storage does not answer", unwritten)
+    assert re.search(r"could not write .*epoch=1-step=4.ckpt. RuntimeError: the storage\ndoes not answer", unwritten)
     assert re.search(r"epoch=0-step=2.ckpt is not needed any more, but cannot be deleted \(.*Permission", undeleted)
     assert epoch_of(rule.best_model_path) == 3
 
