@@ -183,7 +183,7 @@ class TestBatches:
         def loss(module: nn.Module, batch: dict[str, Any]) -> Tensor:
             return module(torch.tensor([[batch["x"]]])).square().sum()
 
-        with pytest.raises(ValueError, match=r"samples of a batch of type dict: pass `batch_weight`"):
+        with pytest.raises(ValueError, match=r"a batch of type dict, which holds no tensor: pass `batch_weight`"):
             hessian_spectrum(module, [{"x": 2.0}], loss)
         spectrum = hessian_spectrum(module, [{"x": 2.0}], loss, batch_weight=lambda batch: 3.0)
         assert spectrum.num_samples == 3
