@@ -14,12 +14,12 @@ from unittest import mock
 
 from benchmarks.problems import RECIPES, load, loss
 from benchmarks.tables import tabulate
+from lightning_hesd.numerics.analysis import preparation
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.krylov import lanczos
-from lightning_hesd.numerics.operators import self_checks
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
     firsts, laters, shares = [], [], []
     for _ in range(rounds):
         cache = AnalysisCache()
-        with watched(self_checks, "verify") as comparison:
+        with watched(preparation, "check_derivatives") as comparison:
             analysis(problem, steps, cache)
         firsts.append(comparison.seconds)
         with watched(GraphFacts, "add") as reading, watched(lanczos, "asymmetry") as norms:

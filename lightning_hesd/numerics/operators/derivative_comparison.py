@@ -184,8 +184,29 @@ def compare_derivatives(
         "float64" if is_fine else precision,
         facts,
         (line.loss, another),
-        math.isclose(line.loss, another, rel_tol=math.sqrt(epsilon)) or isinstance(matrix, OutputMatrix),
+        math.isclose(line.loss, another, rel_tol=math.sqrt(epsilon))
+        or math.isnan(line.loss + another)  # of a few samples the loss may be undefined
+        or isinstance(matrix, OutputMatrix),
     )
+
+
+def slope_agrees(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace) -> bool | None:
+    """Return whether the gradient agrees with differences of the loss along one line; False may mean undecided.
+
+    That takes about a quarter of the time of `compare_derivatives`. None where the loss is not in the finest precision.
+    """
+    line = Line(matrix, batch, space)
+    epsilon = matrix.epsilon
+    if epsilon > torch.finfo(finest_dtype(matrix.parameters[0].device)).eps:
+        return None
+    slope = SlopeComparison(line.slope, line.length / math.sqrt(space.dimension), 2 * epsilon ** (1 / 3))
+    size = _size(line)
+    for step in [size * epsilon**exponent for exponent in STEP_EXPONENTS]:
+        quotient = (line.loss_at(step) - line.loss_at(-step)) / (2 * step)
+        slope.add(quotient, ROUNDING_UNITS * epsilon / step * abs(line.loss))
+        if slope.agrees_to_finest:
+            break
+    return slope.outcome == "agrees"
 
 
 def _size(line: Line) -> float:

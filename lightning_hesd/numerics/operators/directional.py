@@ -79,6 +79,11 @@ class Line:
         self.direction /= space.norm(self.direction)
         self.slope = self.along(gradient_here)
 
+    def loss_at(self, step: float) -> float:
+        """Return the loss at a distance along the direction."""
+        with self.differences.displaced(self.vector(), step):
+            return self._function().item()
+
     def at(self, step: float) -> tuple[float, Tensor]:
         """Return loss and gradient, shape (n,), at a distance along the direction."""
         with self.differences.displaced(self.vector(), step):

@@ -205,7 +205,9 @@ class TestWeights:
 
     @pytest.mark.parametrize("batch", ["text", b"bytes", 3, None, [], {"x": [1, "a"]}, Record, np.zeros(3)])
     def test_cannot_be_told_without_a_tensor(self, batch):
-        with pytest.raises(ValueError, match=rf"type {type(batch).__name__}, which holds no tensor: pass `batch_weight`"):
+        with pytest.raises(
+            ValueError, match=rf"type {type(batch).__name__}, which holds no tensor: pass `batch_weight`"
+        ):
             count_samples(batch)
 
     def test_doubts_are_told_once(self):
