@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 EPSILONS = (0.0, *(torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)))
 """Precisions that the ranks tell each other of."""
 
-SPREAD_BATCHES, SPREAD_SAMPLES = 6, 12
+SPREAD_BATCHES, SPREAD_SAMPLES = 6, 24
 """Numbers of batches and of their samples that are compared beside the first few.
 
-A part that is wrong for one sample in five is missed with a probability of 0.07, and one that is wrong for every second
+A part that is wrong for one sample in ten is missed with a probability of 0.08, and one that is wrong for every second
 batch with 0.016.
 """
 
