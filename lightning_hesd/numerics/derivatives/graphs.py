@@ -23,6 +23,9 @@ KINKED = (
 ENDS = ("torch::autograd::Error", "NotImplemented", "WarnNotImplemented")
 """Nodes that stand for a missing derivative: its value would be zero, without an error."""
 
+EMBEDDINGS = {"EmbeddingBackward0", "EmbeddingBagBackward0"}
+"""Nodes of operations that may have a row for padding."""
+
 
 @dataclass
 class GraphFacts:
@@ -32,14 +35,13 @@ class GraphFacts:
         kinds: Names of the operations.
         custom: Names of autograd functions in Python, without those of this package: their derivatives may be wrong.
         epsilon: Machine epsilon of the least precise floating-point dtype.
-        constant_rows: Weight of an embedding -> its rows for padding, which are constants by definition: their gradient
-            is zero, whatever the loss.
+        padding_rows: Leaf of the graphs -> its rows that are padding in all operations that use it.
     """
 
     kinds: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
     epsilon: float = 0.0
-    constant_rows: dict[Tensor, set[int]] = field(default_factory=dict)
+    padding_rows: dict[Tensor, set[int]] = field(default_factory=dict)
 
     @property
     def is_kinked(self) -> bool:
@@ -63,8 +65,7 @@ class GraphFacts:
                     "ones for the analysis, for example with `loss_fn`."
                 )
                 raise RuntimeError(msg)
-            if name.startswith("Embedding"):
-                self._add_embedding(node)
+            self._add_uses(node, node._saved_padding_idx if name in EMBEDDINGS else -1)  # type: ignore[attr-defined]  # noqa: SLF001
             is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
             if is_python and not _is_own(node):
                 self.custom.add(name)
@@ -73,23 +74,28 @@ class GraphFacts:
                 if metadata.dtype.is_floating_point and not (is_python and not metadata.shape):
                     self.epsilon = max(self.epsilon, torch.finfo(metadata.dtype).eps)
 
-    def _add_embedding(self, node: Any) -> None:
-        weight = next((getattr(parent, "variable", None) for parent, _ in node.next_functions), None)
-        row = getattr(node, "_saved_padding_idx", -1)
-        if weight is not None and 0 <= row < len(weight):
-            self.constant_rows.setdefault(weight, set()).add(row)
+    def _add_uses(self, node: Node, padding: int) -> None:
+        for argument, (parent, _) in enumerate(node.next_functions):
+            leaf = getattr(parent, "variable", None)
+            if leaf is not None:
+                rows = {padding} if argument == 0 and 0 <= padding < len(leaf) else set()
+                self.padding_rows[leaf] = rows & self.padding_rows.get(leaf, rows)
+
+    @property
+    def has_constant_rows(self) -> bool:
+        """Whether a parameter has rows that are constants by definition: their gradient is zero, whatever the loss."""
+        return any(self.padding_rows.values())
 
     def without_constant_rows(
         self, vector: Sequence[Tensor | None], parameters: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Return a vector in the shapes of parameters with zeros for constant rows."""
         return [
-            v if v is None or p not in self.constant_rows else v.index_fill(0, self._rows(p), 0.0)
+            v.index_fill(0, torch.tensor(sorted(rows), device=v.device), 0.0)
+            if v is not None and (rows := self.padding_rows.get(p))
+            else v
             for v, p in zip(vector, parameters, strict=True)
         ]
-
-    def _rows(self, weight: Tensor) -> Tensor:
-        return torch.tensor(sorted(self.constant_rows[weight]), device=weight.device)
 
 
 def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:

@@ -72,10 +72,8 @@ class Line:
         self.length = self.norm(gradient_here)
         if 0 < self.length < math.inf:
             self.direction.add_(gradient_here, alpha=1 / self.length)
-        if matrix.facts.constant_rows:
-            moving = self.flat(matrix.facts.without_constant_rows(self.vector(), matrix.parameters))
-            if not gradient_here[moving == 0].any():  # else these rows act elsewhere, too: in a tied output layer
-                self.direction = moving
+        if matrix.facts.has_constant_rows:
+            self.direction = self.flat(matrix.facts.without_constant_rows(self.vector(), matrix.parameters))
         self.direction /= space.norm(self.direction)
         self.slope = self.along(gradient_here)
 

@@ -300,6 +300,6 @@ def _words(
     if "undecided" in {of_gradient, of_products}:
         what = "the gradient is" if of_gradient == "undecided" else "the products are"
         return f"kinks or rounding ({found.precision}) hide whether {what} right"
-    constant = "; rows of embeddings for padding count as constants" if found.facts.constant_rows else ""
+    constant = "; rows of embeddings for padding count as constants" if found.facts.has_constant_rows else ""
     compared = f"products agree with differences of the gradient to {found.product_gap:.1g}, and " if exact else ""
     return f"{compared}the gradient agrees with differences of the loss ({found.precision}){constant}"
