@@ -238,11 +238,14 @@ def _file_with_mark(path: str) -> str:
 
 def is_overwritten(path: str, mark: str) -> bool:
     """Return whether a complete checkpoint file has lost its mark: another run has written to the same path."""
-    if not exists(path) or is_written_as(path, mark):
+    try:
+        if not exists(path) or is_written_as(path, mark):
+            return False
+        path = _file_with_mark(path)
+        with get_filesystem(path).open(path, "rb") as file:
+            return is_zipfile(file)  # or else a thread is still writing it
+    except FileNotFoundError:  # another rank has deleted it meanwhile
         return False
-    path = _file_with_mark(path)
-    with get_filesystem(path).open(path, "rb") as file:
-        return is_zipfile(file)  # or else a thread is still writing it
 
 
 def is_written_as(path: str, mark: str) -> bool:
